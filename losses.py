@@ -1,0 +1,275 @@
+"""Three metric-learning losses, and what Metrix adds to each: the same loss on mixed examples.
+
+Every loss has three forms, all scalars:
+    metric(z, y)                              clean: the batch against itself (or its proxies)
+    metric.mixed(z, y, v, i, lam, pairing)    anchors against a bank v[k] = mix(x[i[k]], x[j[k]])
+    metric.mixed_embed(z, y, lam, pairing)    the same over every possible mix of embeddings, none of them built
+
+A mixed example is `lam` positive and `1 - lam` negative, so it enters both halves of a loss with these weights.
+Which entries an anchor sees depends on the pairing, V(a) below; proxies as anchors know one pairing only.
+    positive-negative   V(a) = { k : y[i_k] == y[a], i_k != a }
+    anchor-negative     V(a) = { k : i_k == a }
+    proxies             V(c) = { k : y[i_k] == c }
+
+Shapes: B examples, A anchors, M bank entries, R rows, N columns, D embedding size, P classes (proxies).
+Embeddings may be of any length and of any float type; the losses normalise them and compute in float32
+(float64 if given that), under autocast too. Plain PyTorch, no loop over anchors or pairs.
+Method: Venkataramanan et al., It Takes Two to Tango, ICLR 2022, arXiv 2106.04990.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PAIRINGS = ("positive-negative", "anchor-negative")
+TINY = 1e-12  # under a square root: keeps its gradient finite where two embeddings coincide
+
+
+# ---------------------------------------------------------------------------------------------- banks
+
+
+def full_bank(y, pairing):
+    """Every ordered pair of different labels whose first can serve an anchor.
+
+    y: (B,) integers. Returns i, j: int64 (M,), sorted by i, then j.
+    """
+    different = y[:, None] != y  # (B, B)
+    can_serve = serves(y, _indices(y), pairing).any(0)  # (B,)
+    return (different & can_serve[:, None]).nonzero(as_tuple=True)
+
+
+def hardest_bank(z, y, pairing, hardest=1):
+    """For every anchor a and every x that can serve it: (x, the `hardest` negatives of a), each pair once.
+
+    Hardest is the highest similarity to a; no gradient flows through the choice.
+    z: (B, D), y: (B,). Returns i, j: int64 (M,), sorted by i, then j; M <= hardest * (number of pairs a, x).
+    """
+    z = _unit(z.detach())
+    sim = (z @ z.T).masked_fill(y[:, None] == y, -math.inf)  # (B, B)
+    top, negative = sim.topk(min(hardest, len(y)), dim=1)  # (B, hardest)
+    a, x = serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
+    pair = x[:, None] * len(y) + negative[a]  # (R, hardest), one number a pair
+    pair = pair[top[a] > -math.inf].unique()
+    return pair // len(y), pair % len(y)
+
+
+def serves(y, i, pairing):
+    """(B, len(i)) mask: may a mixed example whose first part is i[k] be shown to anchor a?"""
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing is {pairing!r}; choose one of {', '.join(PAIRINGS)}")
+    itself = _indices(y)[:, None] == i
+    return itself if pairing == "anchor-negative" else (y[:, None] == y[i]) & ~itself
+
+
+# ------------------------------------------------------------------------------- what the losses share
+
+
+def distance(sim):
+    """Euclidean distance of unit vectors from their cosine similarity; the gradient at sim = 1 is 0."""
+    return (2 - 2 * sim).clamp_min(TINY).sqrt()
+
+
+def sim_to_mixed(anchor_sim, sim, a, p, lam):
+    """Similarity of anchor a[r] to mix(p[r], n), for every n of the batch, by the Gram identity
+
+        s(a, mix(p, n)) = (lam s(a,p) + (1-lam) s(a,n)) / sqrt(lam^2 + (1-lam)^2 + 2 lam (1-lam) s(p,n))
+
+    anchor_sim: (A, B) anchors against the batch; sim: (B, B); a, p: (R,). Returns (R, B).
+    """
+    length = (lam**2 + (1 - lam) ** 2 + 2 * lam * (1 - lam) * sim).clamp_min(TINY).sqrt()  # (B, B)
+    mixed = lam * anchor_sim[a, p][:, None] + (1 - lam) * anchor_sim.index_select(0, a)  # (R, B)
+    return mixed / length.index_select(0, p)
+
+
+def mean_nonzero(terms, mask):
+    """Mean over the strictly positive terms under the mask; 0 if there is none."""
+    terms = terms * mask
+    return terms.sum() / (terms > 0).sum().clamp_min(1)
+
+
+def log1p_sum_exp(x, weight, mask, anchor, num_anchors):
+    """log(1 + weight * sum of e^x), the sum over the masked entries of all rows of an anchor.
+
+    x, mask: (R, N); anchor: (R,) the anchor of each row. Returns (num_anchors,), 0 where the mask is empty.
+    The largest exponent is taken out first: nothing overflows or vanishes at any scale, and small sums keep
+    their digits.
+    """
+    x = x + (math.log(weight) if weight > 0 else -math.inf)
+    x = x.masked_fill(~mask, -math.inf)
+    largest = x.new_zeros(num_anchors)
+    if x.shape[1]:
+        largest = largest.scatter_reduce(0, anchor, x.detach().amax(1), "amax")  # (A,), at least 0
+    total = x.new_zeros(num_anchors).index_add(0, anchor, (x - largest[anchor, None]).exp().sum(1))
+    return largest + torch.log1p(total + torch.expm1(-largest))
+
+
+def _unit(z):
+    """Rows at length 1, in float32 at least."""
+    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+
+
+def _indices(x):
+    return torch.arange(len(x), device=x.device)
+
+
+def _full_precision(method):
+    """Autocast off, embeddings and labels checked, embeddings at length 1."""
+
+    @functools.wraps(method)
+    def wrapped(self, z, y, *args, **kwargs):
+        if z.ndim != 2 or y.shape != z.shape[:1] or y.is_floating_point():
+            raise ValueError(
+                f"expected embeddings (B, D) and B integer labels, got {tuple(z.shape)} and {tuple(y.shape)} {y.dtype}"
+            )
+        with torch.autocast(z.device.type, enabled=False):
+            return method(self, _unit(z), y, *args, **kwargs)
+
+    return wrapped
+
+
+class MetricLoss(nn.Module):
+    """What is common: who the anchors are, and the two mixed forms. A loss adds `clean` and `reduce`.
+
+    clean(z, y): the clean loss of unit embeddings z.
+    reduce(sim, mask, anchor, num_anchors, lam): the mixed loss, given similarities (R, N) of anchors to mixed
+        examples, which of them count (R, N), and the anchor each row belongs to (R,).
+    """
+
+    pairings = PAIRINGS  # the trainer draws one of these each step
+
+    @_full_precision
+    def forward(self, z, y):
+        """Clean loss of embeddings z (B, D) with integer labels y (B,)."""
+        return self.clean(z, y)
+
+    @_full_precision
+    def mixed(self, z, y, v, i, lam, pairing):
+        """Loss of the anchors of a batch against a bank: v (M, D) embeds mix(x[i], x[j]), i: (M,), lam in [0, 1]."""
+        anchors = self.anchors(z, y)  # (A, D)
+        return self.reduce(anchors @ _unit(v).T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
+
+    @_full_precision
+    def mixed_embed(self, z, y, lam, pairing):
+        """Equals `mixed` over the full bank of mixed embeddings lam*z[i] + (1-lam)*z[j], from Gram matrices alone."""
+        anchors = self.anchors(z, y)  # (A, D)
+        a, p = self.serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
+        sim = sim_to_mixed(anchors @ z.T, z @ z.T, a, p, lam)  # (R, B)
+        return self.reduce(sim, y[p][:, None] != y, a, len(anchors), lam)
+
+    def anchors(self, z, y):
+        return z
+
+    def serves(self, y, i, pairing):
+        return serves(y, i, pairing)
+
+
+# --------------------------------------------------------------------------------------------- losses
+
+
+class Contrastive(MetricLoss):
+    """Pull positives together, push negatives beyond a margin (Hadsell et al. 2006).
+
+    mean_nonzero(d(a,p)) + mean_nonzero(relu(neg_margin - d(a,n))), d the Euclidean distance.
+    """
+
+    def __init__(self, neg_margin=0.5):
+        super().__init__()
+        self.neg_margin = neg_margin
+
+    def clean(self, z, y):
+        dist = distance(z @ z.T)  # (B, B)
+        same = y[:, None] == y
+        itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+        return mean_nonzero(dist, same & ~itself) + mean_nonzero(F.relu(self.neg_margin - dist), ~same)
+
+    def reduce(self, sim, mask, anchor, num_anchors, lam):
+        dist = distance(sim)
+        return mean_nonzero(lam * dist, mask) + mean_nonzero((1 - lam) * F.relu(self.neg_margin - dist), mask)
+
+
+class MultiSimilarity(MetricLoss):
+    """Soft-weighted pairs, mined against the hardest of the other kind (Wang et al., CVPR 2019, arXiv 1904.06627).
+
+    Mean over the batch of 1/alpha log(1 + sum_p e^{-alpha (s-base)}) + 1/beta log(1 + sum_n e^{beta (s-base)}).
+    """
+
+    def __init__(self, ms_alpha=17.97, ms_beta=75.66, ms_base=0.77, ms_epsilon=0.39):
+        super().__init__()
+        self.ms_alpha, self.ms_beta, self.ms_base, self.ms_epsilon = ms_alpha, ms_beta, ms_base, ms_epsilon
+
+    def clean(self, z, y):
+        sim = z @ z.T  # (B, B)
+        positive, negative = self.mine(sim.detach(), y)
+        return self.row_loss(sim, positive, negative, _indices(y), len(y), 1, 1)
+
+    def reduce(self, sim, mask, anchor, num_anchors, lam):
+        return self.row_loss(sim, mask, mask, anchor, num_anchors, lam, 1 - lam)
+
+    def mine(self, sim, y):
+        """Positives less similar than the most similar negative, and the reverse, each with room ms_epsilon."""
+        same = y[:, None] == y
+        positive, negative = same.clone().fill_diagonal_(False), ~same
+        hardest_negative = sim.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
+        hardest_positive = sim.masked_fill(~positive, math.inf).amin(1, keepdim=True)
+        return positive & (sim - self.ms_epsilon < hardest_negative), negative & (sim + self.ms_epsilon > hardest_positive)
+
+    def row_loss(self, sim, positive, negative, anchor, num_anchors, positive_weight, negative_weight):
+        sim = sim - self.ms_base
+        pull = log1p_sum_exp(-self.ms_alpha * sim, positive_weight, positive, anchor, num_anchors) / self.ms_alpha
+        push = log1p_sum_exp(self.ms_beta * sim, negative_weight, negative, anchor, num_anchors) / self.ms_beta
+        return (pull + push).sum() / max(num_anchors, 1)
+
+
+class ProxyAnchor(MetricLoss):
+    """One learnt proxy a class is the anchor of the whole batch (Kim et al., CVPR 2020, arXiv 2003.13911).
+
+    Mean over proxies with positives of log(1 + sum_p e^{-alpha (s-margin)}), plus mean over all proxies of
+    log(1 + sum_n e^{alpha (s+margin)}). Labels are 0 .. num_classes-1. `pairing` is accepted and has no effect.
+    """
+
+    pairings = ("anchor-negative",)  # its banks: every example serves its class's proxy, singletons too
+
+    def __init__(self, num_classes, embedding_size, pa_alpha=32, pa_margin=0.1):
+        super().__init__()
+        self.pa_alpha, self.pa_margin = pa_alpha, pa_margin
+        self.proxies = nn.Parameter(torch.empty(num_classes, embedding_size))  # (P, D)
+        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+
+    def clean(self, z, y):
+        proxies = _unit(self.proxies).to(z.dtype)
+        self.check(z, y)
+        classes = _indices(proxies)
+        same = classes[:, None] == y  # (P, B)
+        pull, push = self.row_losses(proxies @ z.T, same, ~same, classes, len(proxies), 1, 1)
+        return pull.sum() / same.any(1).sum().clamp_min(1) + push.mean()
+
+    def reduce(self, sim, mask, anchor, num_anchors, lam):
+        pull, push = self.row_losses(sim, mask, mask, anchor, num_anchors, lam, 1 - lam)
+        shown = sim.new_zeros(num_anchors).index_add(0, anchor, mask.any(1).to(sim.dtype)) > 0
+        return (pull + push).sum() / shown.sum().clamp_min(1)
+
+    def row_losses(self, sim, positive, negative, anchor, num_anchors, positive_weight, negative_weight):
+        pull = -self.pa_alpha * (sim - self.pa_margin)
+        push = self.pa_alpha * (sim + self.pa_margin)
+        return (
+            log1p_sum_exp(pull, positive_weight, positive, anchor, num_anchors),
+            log1p_sum_exp(push, negative_weight, negative, anchor, num_anchors),
+        )
+
+    def anchors(self, z, y):
+        """The proxies of the batch's classes: no other proxy sees a mixed example."""
+        self.check(z, y)
+        return _unit(self.proxies[y.unique()]).to(z.dtype)
+
+    def serves(self, y, i, pairing):
+        return y.unique()[:, None] == y[i]
+
+    def check(self, z, y):
+        num_classes, embedding_size = self.proxies.shape
+        if z.shape[1] != embedding_size:
+            raise ValueError(f"embeddings have {z.shape[1]} columns, the proxies {embedding_size}")
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+            raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, got {int(y.min())} .. {int(y.max())}")

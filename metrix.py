@@ -1,0 +1,373 @@
+"""Metrix: a metric-learning loss that also looks at mixed examples. The method, and the loop that trains it.
+
+    python metrix.py [DATASET] [LOSS] [MODE] [--flag value ..]       default: toy contrastive feature
+
+`step` is the method: clean loss + mix_weight * mixed loss, one mixing weight lam ~ Beta(mix_alpha, mix_alpha) a step.
+    baseline   mixes nothing
+    input      mixes images: a second pass of the trunk, for hardest negatives only
+    feature    mixes the last feature maps before pooling: one pass of the trunk
+    embed      mixes embeddings, which takes their Gram matrix only: one pass of the trunk
+
+A run writes OUT/ (default runs/DATASET-LOSS-MODE-seedN): config.json, log.jsonl, last.pt, best.pt, retrieval.png.
+All randomness of an epoch follows from (seed, epoch), so the same command goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+import data
+import eval
+import losses
+import model as models
+from kernels.mix_pool import mix_pool
+
+MODES = ("baseline", "input", "feature", "embed")
+LOSSES = {
+    "contrastive": lambda num_classes, embedding_size: losses.Contrastive(),
+    "multisimilarity": lambda num_classes, embedding_size: losses.MultiSimilarity(),
+    "proxyanchor": losses.ProxyAnchor,
+}
+RECALL_AT = {"toy": (1, 2, 4, 8), "folder": (1, 2, 4, 8)}
+
+
+# -------------------------------------------------------------------------------------------- config
+
+
+def option(default, help, **limits):
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass
+class Config:
+    """A field is a flag: --batch-size sets batch_size. A recipe sets some of them, flags given win over it."""
+
+    dataset: str = option("toy", "what to learn from", choices=tuple(data.DATASETS))
+    loss: str = option("contrastive", "what to minimise", choices=tuple(LOSSES))
+    mode: str = option("feature", "what to mix", choices=MODES)
+
+    epochs: int = option(60, "passes over the training images", least=1)
+    batch_size: int = option(100, "images a step", least=2)
+    images_per_class: int = option(0, "of a balanced batch; 0: shuffled batches", least=0)
+    lr: float = option(1e-4, "Adam's learning rate; proxies learn 100 times as fast", least=0)
+    lr_step: int = option(10, "epochs after which lr is multiplied by lr_gamma, again and again", least=1)
+    lr_gamma: float = option(0.1, "see lr_step", least=0)
+    warmup_epochs: int = option(5, "first epochs, in which only the embedding layer and proxies learn", least=0)
+    weight_decay: float = option(1e-4, "Adam's", least=0)
+    clip: float = option(10.0, "largest magnitude of a gradient's element", least=0)
+    mix_weight: float = option(0.4, "weight of the mixed loss", least=0)
+    mix_alpha: float = option(2.0, "lam ~ Beta(mix_alpha, mix_alpha)", least=1e-3)
+    hardest: int = option(1, "negatives an image is mixed with in input mode", least=1)
+
+    net: str = option("resnet50", "trunk", choices=tuple(models.NETS))
+    weights: str = option("imagenet", "imagenet, none, or a file")
+    bn: str = option("stats", "batch norm: train; stats: statistics fixed; frozen: scale, shift too", choices=models.BATCH_NORMS)
+    embedding_size: int = option(512, "dimensions", least=1)
+    image_size: int = option(224, "pixels a side of the crop", least=32)
+
+    data_root: str = option("data", "where the data set is")
+    out: str = option("", "where the run is written; empty: runs/DATASET-LOSS-MODE-seedN")
+    seed: int = option(0, "of everything random", least=0)
+    num_workers: int = option(min(4, os.cpu_count() or 1), "processes that load images; the result is the same", least=0)
+    device: str = option("auto", "auto: cuda if there is one, else cpu")
+    resume: bool = option(False, "go on with the run in OUT, and fail if there is none")
+
+
+TOY = dict(
+    net="tiny", weights="none", bn="train", embedding_size=64, image_size=64,
+    epochs=20, lr=2e-3, lr_step=8, lr_gamma=0.3, warmup_epochs=0, images_per_class=5,
+)  # fmt: skip
+FOLDER = dict(lr=1e-4, lr_step=10, lr_gamma=0.1, warmup_epochs=5, bn="stats", images_per_class=5)
+RECIPES = {
+    ("toy", "contrastive"): TOY,
+    ("toy", "multisimilarity"): TOY,
+    ("toy", "proxyanchor"): TOY,
+    ("folder", "contrastive"): FOLDER,
+    ("folder", "multisimilarity"): FOLDER,
+    ("folder", "proxyanchor"): FOLDER,
+}
+FROM_SCRATCH = dict(bn="train", warmup_epochs=0, lr=1e-3)  # over a recipe made for pretrained weights
+NOT_OF_THE_RESULT = ("out", "device", "num_workers", "resume")  # a run may go on with others of these
+
+
+def parse(arguments):
+    """The Config of a command line. Exits with 2 and one line if there is none."""
+    parser = argparse.ArgumentParser("metrix", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for field in dataclasses.fields(Config):
+        about = dict(help=f"{field.metadata['help']} ({field.default})", choices=field.metadata.get("choices"))
+        if field.name in ("dataset", "loss", "mode"):
+            parser.add_argument(field.name, nargs="?", default=field.default, **about)
+        elif field.type is bool:
+            parser.add_argument(flag(field.name), action="store_true", help=field.metadata["help"])
+        else:
+            parser.add_argument(flag(field.name), type=field.type, **about)
+    given = vars(parser.parse_args(arguments))
+    recipe = RECIPES[given["dataset"], given["loss"]]
+    if given.get("weights") == "none":
+        recipe = recipe | FROM_SCRATCH
+    config = Config(**(recipe | given))
+    config.out = config.out or f"runs/{config.dataset}-{config.loss}-{config.mode}-seed{config.seed}"
+    check(config)
+    return config
+
+
+def check(config):
+    """What can be known to be wrong before any data is read."""
+    for field in dataclasses.fields(Config):
+        value, least = getattr(config, field.name), field.metadata.get("least")
+        if least is not None and not least <= value < math.inf:
+            fail(f"{flag(field.name)} is {value}; it must be a number of at least {least}")
+    size, per_class = config.batch_size, config.images_per_class
+    if per_class and size % per_class:
+        fail(f"--images-per-class {per_class} does not divide --batch-size {size}; try --batch-size {size - size % per_class or per_class * 2}")
+    if per_class and size < 2 * per_class:
+        fail(f"--batch-size {size} holds one class of {per_class} images; it must be at least {2 * per_class}")
+    if config.weights == "imagenet" and config.net != "resnet50":
+        fail(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError):  # what torch raises for a device it does not know or have
+        fail(f"--device {config.device} is not to be had here; try --device cpu")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def fail(message):
+    """Bad input: one line, exit code 2."""
+    print(f"metrix: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def clear(*errors):
+    """Errors that the user can mend become one line."""
+    try:
+        yield
+    except errors as error:
+        fail(str(error))
+
+
+# -------------------------------------------------------------------------------------------- method
+
+
+def step(model, metric, images, y, config, lam, pairing):
+    """Loss of one batch. images: (B, 3, H, W), y: (B,), lam in [0, 1], pairing one of metric.pairings."""
+    features = model.features(images)  # (B, C, h, w)
+    z = model.head(features)  # (B, D)
+    loss = metric(z, y)
+    if config.mode == "baseline":
+        return loss
+    if config.mode == "embed":
+        return loss + config.mix_weight * metric.mixed_embed(z, y, lam, pairing)
+
+    if config.mode == "input":
+        i, j = losses.hardest_bank(z, y, pairing, config.hardest)  # (M,)
+    else:
+        i, j = losses.full_bank(y, pairing)  # (M,)
+    if not len(i):
+        return loss  # one class only, or no positive pair: nothing to mix
+    if config.mode == "input":
+        v = model(lam * images[i] + (1 - lam) * images[j])  # (M, D)
+    else:
+        v = model.embed(mix_pool(features, i, j, lam))  # (M, D)
+    return loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
+
+
+def train_epoch(epoch, model, metric, optimizer, batches, config):
+    """One pass over the training batches. Returns the mean loss."""
+    rng = np.random.default_rng((config.seed, epoch, 1))
+    model.train()
+    model.train_trunk(epoch >= config.warmup_epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * config.lr_gamma ** (epoch // config.lr_step)
+    total, steps = torch.zeros((), device=config.device), 0
+    for images, y in batches:
+        images = images.to(config.device, memory_format=torch.channels_last, non_blocking=True)
+        y = y.to(config.device, non_blocking=True)
+        pairing = metric.pairings[rng.integers(len(metric.pairings))]
+        loss = step(model, metric, images, y, config, rng.beta(config.mix_alpha, config.mix_alpha), pairing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_value_([*model.parameters(), *metric.parameters()], config.clip)
+        optimizer.step()
+        total, steps = total + loss.detach(), steps + 1
+    return total.item() / steps
+
+
+# ----------------------------------------------------------------------------------------------- run
+
+
+def run(config):
+    """Train, evaluate after every epoch, write OUT/. Returns the log, a dict an epoch."""
+    with clear(ValueError, OSError):
+        splits = data.load(config.dataset, config.data_root)
+        batches = data.TrainBatches(splits.train.labels, config.batch_size, config.images_per_class, config.seed)
+        torch.manual_seed(config.seed)
+        model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
+        models.load_weights(model, config.weights)
+        metric = LOSSES[config.loss](len(splits.train.classes), config.embedding_size)
+        model.to(config.device, memory_format=torch.channels_last)
+        metric.to(config.device)
+        optimizer = make_optimizer(model, metric, config)
+        log = open_run(config, splits, model, metric, optimizer)
+
+    loader = data.train_loader(splits.train, batches, config.image_size, config.num_workers)
+    test_loader = data.test_loader(splits.test, config.batch_size, config.image_size, config.num_workers)
+    images = len(batches) * config.batch_size
+    progress = Progress((config.epochs - len(log)) * (images + len(splits.test)))
+    for epoch in range(len(log), config.epochs):
+        title = f"epoch {epoch + 1:3d}/{config.epochs}"
+        with clear(data.UnreadableImage):
+            batches.epoch = epoch
+            progress.begin(f"{title}  training")
+            started = time.perf_counter()
+            loss = train_epoch(epoch, model, metric, optimizer, progress.of(loader), config)
+            rate = images / (time.perf_counter() - started)
+            if not math.isfinite(loss):
+                fail(f"the loss of epoch {epoch + 1} is {loss}; try a lower --lr and another --out")
+            progress.begin(f"{title}  testing")
+            z, y = eval.embed(model, progress.of(test_loader), config.device)
+        rank = eval.ranks(z, y)
+        recall = {str(k): share for k, share in eval.recall_from_ranks(rank, RECALL_AT[config.dataset]).items()}
+        seconds = time.perf_counter() - started
+        lr = optimizer.param_groups[0]["lr"]
+        log.append(dict(epoch=epoch + 1, loss=loss, lr=lr, recall=recall, seconds=seconds, images_per_second=rate))
+        progress.end(f"{title}  loss {loss:.4f}  R@1 {100 * recall['1']:.1f}  {rate:.0f} images/s  {seconds:.1f} s")
+        eval.retrieval_sheet(f"{config.out}/retrieval.png", rank, z, splits.test.paths, splits.test.labels)
+        save_epoch(config, log, model, metric, optimizer)
+    return log
+
+
+def make_optimizer(model, metric, config):
+    groups = [dict(params=[*model.parameters()], base_lr=config.lr)]
+    if proxies := [*metric.parameters()]:
+        groups.append(dict(params=proxies, base_lr=100 * config.lr))
+    return torch.optim.Adam(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def open_run(config, splits, model, metric, optimizer):
+    """Begin OUT/, or load the state of the run that is there. Returns its log so far."""
+    written, wanted = f"{config.out}/config.json", vars(config)
+    if not os.path.exists(written):
+        if config.resume:
+            fail(f"--resume: {config.out} holds no run to go on with")
+        os.makedirs(config.out, exist_ok=True)
+        counts = dict(train_images=len(splits.train), test_images=len(splits.test))
+        counts |= dict(train_classes=len(splits.train.classes), test_classes=len(splits.test.classes))
+        with replacing(written) as file, open(file, "w") as out:
+            print(json.dumps(wanted | dict(data=counts), indent=2), file=out)
+    with open(written) as file:
+        there = json.load(file)
+    differences = [
+        f"{flag(name)} {there.get(name)} there, {value} now"
+        for name, value in wanted.items()
+        if name not in NOT_OF_THE_RESULT and there.get(name) != value
+    ]
+    if differences:
+        fail(f"{config.out} holds another run ({'; '.join(differences)}); name another --out")
+
+    if not os.path.exists(f"{config.out}/last.pt"):
+        return []
+    state = models.read_checkpoint(f"{config.out}/last.pt")
+    model.load_state_dict(state["model"])
+    metric.load_state_dict(state["metric"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"going on with {config.out} after epoch {state['epoch']}")
+    return state["log"]
+
+
+def save_epoch(config, log, model, metric, optimizer):
+    """log.jsonl, best.pt if this epoch is the best so far, and last.pt, from which the run goes on."""
+    with replacing(f"{config.out}/log.jsonl") as file, open(file, "w") as out:
+        for line in log:
+            print(json.dumps(line), file=out)
+    state = dict(model=model.state_dict(), metric=metric.state_dict(), epoch=len(log), log=log, config=vars(config))
+    if best_of(log) is log[-1]:
+        with replacing(f"{config.out}/best.pt") as file:
+            torch.save(state, file)
+    with replacing(f"{config.out}/last.pt") as file:
+        torch.save(state | dict(optimizer=optimizer.state_dict()), file)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A name to write to, which becomes `path` when all is written: a reader sees the old file or the new one."""
+    yield f"{path}.unfinished"
+    os.replace(f"{path}.unfinished", path)
+
+
+def best_of(log):
+    return max(log, key=lambda line: line["recall"]["1"])
+
+
+# -------------------------------------------------------------------------------------------- output
+
+
+class Progress:
+    """What is going on, its images/s and the time left: rewritten in place on a terminal, else a line a minute."""
+
+    def __init__(self, images):
+        self.images, self.done, self.start = images, 0, time.perf_counter()
+        self.terminal = sys.stdout.isatty()
+
+    def begin(self, title):
+        self.title, self.since, self.before = title, time.perf_counter(), self.done
+        self.shown = self.since
+
+    def of(self, loader):
+        for images, y in loader:
+            yield images, y
+            self.done += len(y)
+            now = time.perf_counter()
+            if now - self.shown > (0.5 if self.terminal else 60):
+                self.shown = now
+                rate = (self.done - self.before) / (now - self.since)
+                line = f"{self.title}  {rate:.0f} images/s  {self.left()} left"
+                self.print(line, end="" if self.terminal else "\n")
+
+    def end(self, line):
+        self.print(f"{line}  {self.left()} left", end="\n")
+
+    def print(self, line, end):
+        print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)
+
+    def left(self):
+        seconds = (time.perf_counter() - self.start) / max(self.done, 1) * (self.images - self.done)
+        return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+
+
+def describe(config):
+    """The recipe and what the flags changed, at the start of a run."""
+
+
+def report(config, log, seconds):
+    """The recall table for people, then one JSON line for programs."""
+    ks = list(log[-1]["recall"])
+    rows = [("last epoch", log[-1]), ("best epoch", best_of(log))]
+    print(f"\n{config.dataset} {config.loss} {config.mode}" + "".join(f"{'R@' + k:>8}" for k in ks))
+    for name, line in rows:
+        title = f"{name}, {line['epoch']}"
+        print(title.ljust(30) + "".join(f"{100 * line['recall'][k]:8.2f}" for k in ks))
+
+
+def main(arguments=None):
+    config = parse(arguments)
+    log = run(config)
+    report(config, log, 0)
+
+
+if __name__ == "__main__":
+    main()
