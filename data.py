@@ -107,7 +107,7 @@ def _split(found):
 
 TOY_VERSION = 1  # of the images: a change of the generator makes a new directory
 TOY_CLASSES, TOY_IMAGES, TOY_SIZE = 80, 20, 72  # classes, images a class, pixels a side
-TOY_FAMILY, TOY_CONTRAST = 4, 0.35  # classes a family, and how far they stray from it (1: families mean nothing)
+TOY_FAMILY, TOY_CONTRAST = 4, 0.8  # classes a family, and how far they stray from it (1: families mean nothing)
 
 
 def load_toy(root):
@@ -139,34 +139,40 @@ def write_toy(tree):
 
 
 def _creature(rng):
-    """Traits: the outline's waves (amplitude and phase of 2 .. 6 a turn) and five spots (angle, distance, size)."""
+    """Traits: the outline's waves (amplitude and phase of 2 .. 6 a turn), five spots (angle, distance, size), colours."""
     return {
         "amplitude": rng.uniform(0, 0.22, 5),
         "phase": rng.uniform(-np.pi, np.pi, 5),
         "angle": np.arange(5) * 2 * np.pi / 5 + rng.uniform(-0.6, 0.6, 5),
         "distance": rng.uniform(0.15, 0.7, 5),
         "size": rng.uniform(0.03, 0.2, 5),
+        "colours": rng.uniform(60, 255, (2, 3)),  # of body and spots
     }
 
 
 def _photograph(creature, rng):
     """One image: drawn at twice the size, then reduced, which smooths the edges."""
     size = 2 * TOY_SIZE
-    colour = lambda: tuple(int(c) for c in rng.integers(0, 256, 3))
-    image = Image.new("RGB", (size, size), colour())
+    image = Image.new("RGB", (size, size), _colour(rng.uniform(20, 100) + rng.normal(0, 15, 3)))
     draw = ImageDraw.Draw(image)
-    clutter = lambda n: [_blob(draw, rng.uniform(0, size, 2), rng.uniform(3, size / 8), colour()) for _ in range(n)]
-    clutter(12)
 
-    scale, turn = size * rng.uniform(0.24, 0.36), rng.normal(0, 0.35)
+    def clutter(count):
+        for _ in range(count):
+            _blob(draw, rng.uniform(0, size, 2), rng.uniform(2, size / 12), rng.uniform(0, 255, 3))
+
+    clutter(10)
+    scale, turn = size * rng.uniform(0.28, 0.38), rng.normal(0, 0.2)
     squeeze, centre = rng.uniform(0.8, 1.0), size / 2 + rng.uniform(-0.1, 0.1, 2) * size
-    place = lambda r, angle: centre + scale * np.stack([r * np.cos(angle + turn), squeeze * r * np.sin(angle + turn)], -1)
+    body, spots = creature["colours"] * rng.uniform(0.85, 1.15) + rng.normal(0, 10, (2, 3))  # light, and each its own
+
+    def place(distance, angle):
+        return centre + scale * np.stack([distance * np.cos(angle + turn), squeeze * distance * np.sin(angle + turn)], -1)
+
     theta = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     waves = np.cos(np.outer(theta, np.arange(2, 7)) + creature["phase"]) @ creature["amplitude"]
-    draw.polygon([tuple(point) for point in place(1 + waves, theta)], fill=colour())
-    skin = colour()
+    draw.polygon([tuple(point) for point in place(1 + waves, theta)], fill=_colour(body))
     for angle, distance, spot in zip(creature["angle"], creature["distance"], creature["size"]):
-        _blob(draw, place(distance, angle), scale * spot, skin)
+        _blob(draw, place(distance, angle), scale * spot, spots)
     clutter(2)
 
     pixels = np.asarray(image.resize((TOY_SIZE, TOY_SIZE), Image.BOX)) + rng.normal(0, 8, (TOY_SIZE, TOY_SIZE, 3))
@@ -175,7 +181,11 @@ def _photograph(creature, rng):
 
 def _blob(draw, centre, radius, colour):
     (x, y), r = centre, radius
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=_colour(colour))
+
+
+def _colour(rgb):
+    return tuple(int(c) for c in np.clip(rgb, 0, 255))
 
 
 DATASETS = {"toy": load_toy, "folder": load_folder}
@@ -255,9 +265,9 @@ class TrainBatches:
             yield np.concatenate([draw(found) for found in images])
 
 
-def train_loader(split, batches, image_size, num_workers):
-    """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches."""
-    steps = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()]
+def train_loader(split, batches, image_size, min_crop, num_workers):
+    """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area."""
+    steps = [transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()]
     return _loader(split, steps, batches, num_workers)
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -36,6 +37,7 @@ LOSSES = {
     "multisimilarity": lambda num_classes, embedding_size: losses.MultiSimilarity(),
     "proxyanchor": losses.ProxyAnchor,
 }
+WRITTEN = ("config.json", "log.jsonl", "last.pt", "best.pt", "retrieval.png")
 RECALL_AT = {"toy": (1, 2, 4, 8), "folder": (1, 2, 4, 8)}
 
 
@@ -72,6 +74,7 @@ class Config:
     bn: str = option("stats", "batch norm: train; stats: statistics fixed; frozen: scale, shift too", choices=models.BATCH_NORMS)
     embedding_size: int = option(512, "dimensions", least=1)
     image_size: int = option(224, "pixels a side of the crop", least=32)
+    min_crop: float = option(0.08, "least share of an image's area that a training crop keeps", least=0.01, most=1)
 
     data_root: str = option("data", "where the data set is")
     out: str = option("", "where the run is written; empty: runs/DATASET-LOSS-MODE-seedN")
@@ -81,25 +84,24 @@ class Config:
     resume: bool = option(False, "go on with the run in OUT, and fail if there is none")
 
 
-TOY = dict(
-    net="tiny", weights="none", bn="train", embedding_size=64, image_size=64,
-    epochs=20, lr=2e-3, lr_step=8, lr_gamma=0.3, warmup_epochs=0, images_per_class=5,
-)  # fmt: skip
-FOLDER = dict(lr=1e-4, lr_step=10, lr_gamma=0.1, warmup_epochs=5, bn="stats", images_per_class=5)
+# What a recipe says differently from the defaults above. A trunk that starts from random weights has no statistics
+# worth freezing, nothing to warm up for, and cannot learn small pictures from crops of a twelfth of their area.
+FROM_SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, lr=3e-3, min_crop=0.6)
+TOY = FROM_SCRATCH | dict(net="tiny", embedding_size=64, image_size=64, epochs=20, lr_step=8, lr_gamma=0.3, images_per_class=5)
+FOLDER = dict(images_per_class=5)
 RECIPES = {
     ("toy", "contrastive"): TOY,
     ("toy", "multisimilarity"): TOY,
     ("toy", "proxyanchor"): TOY,
     ("folder", "contrastive"): FOLDER,
-    ("folder", "multisimilarity"): FOLDER,
-    ("folder", "proxyanchor"): FOLDER,
+    ("folder", "multisimilarity"): FOLDER | dict(lr_step=5, lr_gamma=0.5),
+    ("folder", "proxyanchor"): FOLDER | dict(lr_step=5, lr_gamma=0.5),
 }
-FROM_SCRATCH = dict(bn="train", warmup_epochs=0, lr=1e-3)  # over a recipe made for pretrained weights
 NOT_OF_THE_RESULT = ("out", "device", "num_workers", "resume")  # a run may go on with others of these
 
 
 def parse(arguments):
-    """The Config of a command line. Exits with 2 and one line if there is none."""
+    """The Config of a command line. Bad input ends the program: one line, exit code 2."""
     parser = argparse.ArgumentParser("metrix", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
     for field in dataclasses.fields(Config):
@@ -121,16 +123,17 @@ def parse(arguments):
 
 
 def check(config):
-    """What can be known to be wrong before any data is read."""
+    """Fail on what can be known to be wrong before any data is read."""
     for field in dataclasses.fields(Config):
-        value, least = getattr(config, field.name), field.metadata.get("least")
-        if least is not None and not least <= value < math.inf:
-            fail(f"{flag(field.name)} is {value}; it must be a number of at least {least}")
+        value, least = getattr(config, field.name), field.metadata.get("least", -math.inf)
+        most = field.metadata.get("most", math.inf)
+        if field.type in (int, float) and not (least <= value <= most and math.isfinite(value)):
+            fail(f"{flag(field.name)} is {value}; it must be at least {least}" + f" and at most {most}" * (most < math.inf))
     size, per_class = config.batch_size, config.images_per_class
-    if per_class and size % per_class:
-        fail(f"--images-per-class {per_class} does not divide --batch-size {size}; try --batch-size {size - size % per_class or per_class * 2}")
     if per_class and size < 2 * per_class:
-        fail(f"--batch-size {size} holds one class of {per_class} images; it must be at least {2 * per_class}")
+        fail(f"--batch-size {size} is less than two classes of {per_class}; it must be at least {2 * per_class}")
+    if per_class and size % per_class:
+        fail(f"--images-per-class {per_class} does not divide --batch-size {size}; {size - size % per_class} would do")
     if config.weights == "imagenet" and config.net != "resnet50":
         fail(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
     if config.device == "auto":
@@ -138,7 +141,7 @@ def check(config):
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError):  # what torch raises for a device it does not know or have
-        fail(f"--device {config.device} is not to be had here; try --device cpu")
+        fail(f"--device {config.device} cannot be used on this machine; --device cpu always can")
 
 
 def flag(name):
@@ -214,6 +217,7 @@ def run(config):
     """Train, evaluate after every epoch, write OUT/. Returns the log, a dict an epoch."""
     with clear(ValueError, OSError):
         splits = data.load(config.dataset, config.data_root)
+        describe(config, splits)
         batches = data.TrainBatches(splits.train.labels, config.batch_size, config.images_per_class, config.seed)
         torch.manual_seed(config.seed)
         model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
@@ -224,7 +228,7 @@ def run(config):
         optimizer = make_optimizer(model, metric, config)
         log = open_run(config, splits, model, metric, optimizer)
 
-    loader = data.train_loader(splits.train, batches, config.image_size, config.num_workers)
+    loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
     test_loader = data.test_loader(splits.test, config.batch_size, config.image_size, config.num_workers)
     images = len(batches) * config.batch_size
     progress = Progress((config.epochs - len(log)) * (images + len(splits.test)))
@@ -285,7 +289,7 @@ def open_run(config, splits, model, metric, optimizer):
     model.load_state_dict(state["model"])
     metric.load_state_dict(state["metric"])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"going on with {config.out} after epoch {state['epoch']}")
+    print(f"going on with {config.out} after epoch {state['epoch']} of {config.epochs}")
     return state["log"]
 
 
@@ -349,24 +353,43 @@ class Progress:
         return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
 
 
-def describe(config):
-    """The recipe and what the flags changed, at the start of a run."""
+def describe(config, splits):
+    """What is about to be done: data, recipe, and what the flags changed of it."""
+    train, test = splits
+    usual = {field.name: field.default for field in dataclasses.fields(Config)} | RECIPES[config.dataset, config.loss]
+    told = [name for name in usual if name not in ("dataset", "loss", "mode", *NOT_OF_THE_RESULT)]
+    changed = [f"{flag(name)} {getattr(config, name)} ({usual[name]})" for name in told if getattr(config, name) != usual[name]]
+    lines = {
+        "data": f"{len(train)} images of {len(train.classes)} classes to train, {len(test)} of {len(test.classes)} others to test",
+        "recipe": ", ".join(f"{name} {getattr(config, name)}" for name in told),
+        "changed": ", ".join(changed) or "nothing: the recipe as it is",
+        "writes": f"{config.out}, on {config.device}",
+    }
+    print(f"{config.dataset} {config.loss} {config.mode}")
+    for name, line in lines.items():
+        print(textwrap.fill(line, 110, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11, break_on_hyphens=False))
 
 
-def report(config, log, seconds):
+def report(config, log):
     """The recall table for people, then one JSON line for programs."""
-    ks = list(log[-1]["recall"])
-    rows = [("last epoch", log[-1]), ("best epoch", best_of(log))]
-    print(f"\n{config.dataset} {config.loss} {config.mode}" + "".join(f"{'R@' + k:>8}" for k in ks))
-    for name, line in rows:
-        title = f"{name}, {line['epoch']}"
-        print(title.ljust(30) + "".join(f"{100 * line['recall'][k]:8.2f}" for k in ks))
+    last, best = log[-1], best_of(log)
+    ks = last["recall"]
+    print(f"\n{config.dataset} {config.loss} {config.mode}".ljust(45) + "".join(f"{'R@' + k:>8}" for k in ks))
+    for name, line in ((f"last epoch ({last['epoch']})", last), (f"best epoch ({best['epoch']}, chosen on the test classes)", best)):
+        print(name.ljust(44) + "".join(f"{100 * line['recall'][k]:8.2f}" for k in ks))
+    print("\nwrote " + " ".join(f"{config.out}/{name}" for name in WRITTEN) + "\n")
+    summary = {name: getattr(config, name) for name in ("dataset", "loss", "mode", "seed", "out")}
+    summary |= {name: dict(epoch=line["epoch"], recall=line["recall"]) for name, line in (("last", last), ("best", best))}
+    print(json.dumps(summary | dict(seconds=round(sum(line["seconds"] for line in log), 1))))
 
 
 def main(arguments=None):
     config = parse(arguments)
-    log = run(config)
-    report(config, log, 0)
+    try:
+        report(config, run(config))
+    except KeyboardInterrupt:
+        print(f"\nmetrix: stopped; the same command goes on after the last full epoch in {config.out}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

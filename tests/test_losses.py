@@ -1,0 +1,253 @@
+"""Every loss against a loop over pairs in float64: value to 1e-9, gradient to 1e-7."""
+
+import math
+
+import pytest
+import torch
+
+import losses
+
+D, LAM = 7, 0.3
+LABELS = {
+    "unbalanced": [0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4],
+    "shuffled": [3, 0, 1, 3, 0, 2, 3, 1, 3, 4, 0],
+    "balanced": [0, 0, 1, 1, 2, 2],
+    "no positive pair": [4, 2, 0, 1],
+    "one class": [1, 1, 1],
+    "one example": [2],
+}
+CELLS = [(name, pairing) for name in ("contrastive", "multisimilarity", "proxyanchor") for pairing in losses.PAIRINGS]
+
+
+@pytest.fixture(params=LABELS.values(), ids=LABELS.keys())
+def y(request):
+    return torch.tensor(request.param)
+
+
+@pytest.fixture
+def z(y):
+    return embeddings(len(y))
+
+
+def embeddings(count, seed=0):
+    """Unnormalised, and with a common part, so that hinges fire and the miner keeps some pairs and drops others."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, D, generator=generator, dtype=torch.float64) + 3 * torch.linspace(-1, 1, D).double()
+    return rows.requires_grad_()
+
+
+def make(name, **settings):
+    if name == "contrastive":
+        return losses.Contrastive(**settings)
+    if name == "multisimilarity":
+        return losses.MultiSimilarity(**settings)
+    torch.manual_seed(1)
+    return losses.ProxyAnchor(5, D, **settings).double()
+
+
+# ------------------------------------------------------------------------------------------ the loops
+
+
+def sim(a, b):
+    return a @ b / (a.norm() * b.norm())
+
+
+def dist(a, b):
+    return (2 - 2 * sim(a, b)).clamp_min(1e-12).sqrt()
+
+
+def mean_of_positive(terms):
+    terms = [term for term in terms if term > 0]
+    return sum(terms) / len(terms) if terms else torch.zeros(())
+
+
+def log1p_sum(terms, weight=1.0):
+    return (1 + weight * sum(terms)).log() if terms else torch.zeros(())
+
+
+def loop_clean(name, metric, z, y):
+    count = len(y)
+    if name == "contrastive":
+        pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+        pull = [dist(z[a], z[b]) for a, b in pairs if y[a] == y[b]]
+        push = [(0.5 - dist(z[a], z[b])).relu() for a, b in pairs if y[a] != y[b]]
+        return mean_of_positive(pull) + mean_of_positive(push)
+    if name == "multisimilarity":
+        total = torch.zeros(())
+        for a in range(count):
+            positive = [sim(z[a], z[b]) for b in range(count) if y[a] == y[b] and a != b]
+            negative = [sim(z[a], z[b]) for b in range(count) if y[a] != y[b]]
+            if not positive or not negative:
+                continue
+            kept_positive = [s for s in positive if s - 0.39 < max(negative)]
+            kept_negative = [s for s in negative if s + 0.39 > min(positive)]
+            total = total + log1p_sum([(-17.97 * (s - 0.77)).exp() for s in kept_positive]) / 17.97
+            total = total + log1p_sum([(75.66 * (s - 0.77)).exp() for s in kept_negative]) / 75.66
+        return total / count
+    pull, push = [], []
+    for c, proxy in enumerate(metric.proxies):
+        positive = [(-32 * (sim(proxy, z[b]) - 0.1)).exp() for b in range(count) if y[b] == c]
+        negative = [(32 * (sim(proxy, z[b]) + 0.1)).exp() for b in range(count) if y[b] != c]
+        if positive:
+            pull.append(log1p_sum(positive))
+        push.append(log1p_sum(negative))
+    return sum(pull) / len(pull) + sum(push) / len(push)
+
+
+def loop_mixed(name, metric, z, y, v, i, lam, pairing):
+    if name == "proxyanchor":
+        anchors = [(proxy, [k for k in range(len(i)) if y[i[k]] == c]) for c, proxy in enumerate(metric.proxies)]
+    elif pairing == "anchor-negative":
+        anchors = [(z[a], [k for k in range(len(i)) if i[k] == a]) for a in range(len(y))]
+    else:
+        anchors = [(z[a], [k for k in range(len(i)) if y[i[k]] == y[a] and i[k] != a]) for a in range(len(y))]
+    if name == "contrastive":
+        dists = [dist(anchor, v[k]) for anchor, seen in anchors for k in seen]
+        pull = mean_of_positive([lam * d for d in dists])
+        return pull + mean_of_positive([(1 - lam) * (0.5 - d).relu() for d in dists])
+    if name == "multisimilarity":
+        total = torch.zeros(())
+        for anchor, seen in anchors:
+            sims = [sim(anchor, v[k]) for k in seen]
+            total = total + log1p_sum([(-17.97 * (s - 0.77)).exp() for s in sims], lam) / 17.97
+            total = total + log1p_sum([(75.66 * (s - 0.77)).exp() for s in sims], 1 - lam) / 75.66
+        return total / len(y)
+    shown = [[sim(anchor, v[k]) for k in seen] for anchor, seen in anchors if seen]
+    pull = [log1p_sum([(-32 * (s - 0.1)).exp() for s in sims], lam) for sims in shown]
+    push = [log1p_sum([(32 * (s + 0.1)).exp() for s in sims], 1 - lam) for sims in shown]
+    return (sum(pull) + sum(push)) / max(len(shown), 1)
+
+
+def assert_equal(value, expected, *inputs):
+    """Values to 1e-9, gradients to the inputs to 1e-7, both relative to at least 1; a missing gradient is zero."""
+    assert value.shape == () and value.dtype == torch.float64
+    expected = torch.as_tensor(expected, dtype=torch.float64)  # a loop that met nothing gives the number 0
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    gradients = [gradient(value, inputs), gradient(expected, inputs)]
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+
+
+def gradient(value, inputs):
+    found = torch.autograd.grad(2.5 * value, inputs, allow_unused=True, retain_graph=True) if value.requires_grad else [None] * len(inputs)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
+
+
+# ------------------------------------------------------------------------------------------ the tests
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
+def test_clean_loss_equals_the_loop(name, z, y):
+    metric = make(name)
+    assert_equal(metric(z, y), loop_clean(name, metric, z, y), z, *metric.parameters())
+
+
+@pytest.mark.parametrize("name, pairing", CELLS)
+@pytest.mark.parametrize("bank", ["full", "hardest"])
+def test_mixed_loss_equals_the_loop(name, pairing, bank, z, y):
+    metric = make(name)
+    i, j = losses.full_bank(y, pairing) if bank == "full" else losses.hardest_bank(z, y, pairing)
+    v = embeddings(len(i), seed=2)  # any embeddings: those of mixed images follow no formula
+    value = metric.mixed(z, y, v, i, LAM, pairing)
+    assert_equal(value, loop_mixed(name, metric, z, y, v, i, LAM, pairing), z, v, *metric.parameters())
+
+
+@pytest.mark.parametrize("name, pairing", CELLS)
+@pytest.mark.parametrize("lam", [0.0, LAM, 0.5, 1.0])
+def test_mixed_embed_equals_mixed_over_the_full_bank(name, pairing, lam, z, y):
+    metric = make(name)
+    i, j = losses.full_bank(y, metric.pairings[-1] if len(metric.pairings) == 1 else pairing)
+    unit = torch.nn.functional.normalize(z, dim=1)
+    v = lam * unit[i] + (1 - lam) * unit[j]
+    value = metric.mixed_embed(z, y, lam, pairing)
+    assert_equal(value, metric.mixed(z, y, v, i, lam, pairing), z, *metric.parameters())
+    if lam == LAM:
+        assert_equal(value, loop_mixed(name, metric, z, y, v, i, lam, pairing), z, *metric.parameters())
+
+
+@pytest.mark.parametrize("pairing", losses.PAIRINGS)
+def test_full_bank_equals_the_loop(pairing, y):
+    count = len(y)
+    serves = [pairing == "anchor-negative" or any(y[a] == y[b] for b in range(count) if a != b) for a in range(count)]
+    expected = [(a, b) for a in range(count) for b in range(count) if y[a] != y[b] and serves[a]]
+    i, j = losses.full_bank(y, pairing)
+    assert i.dtype == j.dtype == torch.int64
+    assert list(zip(i.tolist(), j.tolist())) == expected
+
+
+@pytest.mark.parametrize("pairing", losses.PAIRINGS)
+@pytest.mark.parametrize("hardest", [1, 2, 100])
+def test_hardest_bank_equals_the_loop(pairing, hardest, z, y):
+    count, expected = len(y), set()
+    for a in range(count):
+        negatives = sorted((b for b in range(count) if y[a] != y[b]), key=lambda b: -sim(z[a], z[b]))[:hardest]
+        positives = [b for b in range(count) if y[a] == y[b] and a != b]
+        expected |= {(x, n) for x in ([a] if pairing == "anchor-negative" else positives) for n in negatives}
+    i, j = losses.hardest_bank(z, y, pairing, hardest)
+    assert i.dtype == j.dtype == torch.int64
+    assert list(zip(i.tolist(), j.tolist())) == sorted(expected)
+
+
+def test_the_hinges_and_the_miner_are_exercised():
+    """The labels and embeddings above would prove little if every term were kept, or none."""
+    y, z = torch.tensor(LABELS["unbalanced"]), embeddings(11)
+    s = torch.nn.functional.normalize(z, dim=1)
+    s = s @ s.T
+    negative = y[:, None] != y
+    assert 0 < (losses.distance(s)[negative] < 0.5).sum() < negative.sum()
+    positives, negatives = losses.MultiSimilarity(ms_epsilon=0.1).mine(s, y)
+    assert 0 < positives.sum() and 0 < negatives.sum() < negative.sum()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
+def test_identical_and_opposite_embeddings_have_finite_gradients(name):
+    y = torch.tensor([0, 0, 1, 1])
+    for z in (torch.ones(4, D), torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]).expand(4, D)):
+        z, metric = z.clone().requires_grad_(), make(name).float()
+        loss = metric(z, y) + sum(metric.mixed_embed(z, y, 0.5, pairing) for pairing in losses.PAIRINGS)
+        loss.backward()
+        assert loss.isfinite() and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [("multisimilarity", dict(ms_alpha=2000, ms_beta=5000, ms_base=-0.5)), ("proxyanchor", dict(pa_alpha=3000, pa_margin=0.9))],
+)
+def test_no_setting_overflows_or_vanishes_in_float32(name, settings):
+    y, z = torch.tensor(LABELS["balanced"]), embeddings(6)
+    metric = make(name, **settings)
+    exact = metric(z, y) + metric.mixed_embed(z, y, LAM, "anchor-negative")
+    single = metric.float()
+    value = single(z.float(), y) + single.mixed_embed(z.float(), y, LAM, "anchor-negative")
+    assert exact > 0.1
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_small_losses_keep_their_digits_in_float32():
+    """log(1 + tiny): subtracting a fixed bound of the exponent would leave a rounding error instead."""
+    x = torch.tensor([[-20.0]])
+    value = losses.log1p_sum_exp(x, 1, torch.tensor([[True]]), torch.tensor([0]), 1)
+    assert value.item() == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
+def test_losses_ignore_autocast_and_low_precision(name):
+    y, z = torch.tensor(LABELS["balanced"]), embeddings(6).detach().bfloat16()
+    metric = make(name).float()
+    expected = metric(z.float(), y) + metric.mixed_embed(z.float(), y, LAM, "anchor-negative")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = metric(z, y) + metric.mixed_embed(z, y, LAM, "anchor-negative")
+    assert value.dtype == torch.float32 and value == expected
+
+
+def test_wrong_arguments_are_named():
+    z, y = embeddings(4), torch.tensor([0, 0, 1, 1])
+    for call, message in [
+        (lambda: losses.Contrastive()(z, y[:3]), "expected embeddings"),
+        (lambda: losses.Contrastive()(z, y.double()), "integer labels"),
+        (lambda: losses.full_bank(y, "positive"), "choose one of positive-negative, anchor-negative"),
+        (lambda: make("proxyanchor")(z, y + 4), "labels must lie in 0 .. 4"),
+        (lambda: make("proxyanchor")(z[:, :3], y), "columns"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
