@@ -103,6 +103,7 @@ NOT_OF_THE_RESULT = ("out", "device", "num_workers", "resume")  # a run may go o
 def parse(arguments):
     """The Config of a command line. Bad input ends the program: one line, exit code 2."""
     parser = argparse.ArgumentParser("metrix", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.description = "Defaults in brackets; the recipe of a data set and loss sets others, which a run prints first."
     parser.error = fail
     for field in dataclasses.fields(Config):
         about = dict(help=f"{field.metadata['help']} ({field.default})", choices=field.metadata.get("choices"))
@@ -171,22 +172,20 @@ def step(model, metric, images, y, config, lam, pairing):
     features = model.features(images)  # (B, C, h, w)
     z = model.head(features)  # (B, D)
     loss = metric(z, y)
-    if config.mode == "baseline":
-        return loss
-    if config.mode == "embed":
-        return loss + config.mix_weight * metric.mixed_embed(z, y, lam, pairing)
 
-    if config.mode == "input":
+    if config.mode == "embed":
+        loss = loss + config.mix_weight * metric.mixed_embed(z, y, lam, pairing)
+    elif config.mode == "feature":
+        i, j = losses.full_bank(y, pairing)  # (M,), empty where there is nothing to mix
+        if len(i):
+            v = model.embed(mix_pool(features, i, j, lam))  # (M, D)
+            loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
+    elif config.mode == "input":
         i, j = losses.hardest_bank(z, y, pairing, config.hardest)  # (M,)
-    else:
-        i, j = losses.full_bank(y, pairing)  # (M,)
-    if not len(i):
-        return loss  # one class only, or no positive pair: nothing to mix
-    if config.mode == "input":
-        v = model(lam * images[i] + (1 - lam) * images[j])  # (M, D)
-    else:
-        v = model.embed(mix_pool(features, i, j, lam))  # (M, D)
-    return loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
+        if len(i):
+            v = model(lam * images[i] + (1 - lam) * images[j])  # (M, D)
+            loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
+    return loss
 
 
 def train_epoch(epoch, model, metric, optimizer, batches, config):
@@ -264,22 +263,19 @@ def make_optimizer(model, metric, config):
 
 def open_run(config, splits, model, metric, optimizer):
     """Begin OUT/, or load the state of the run that is there. Returns its log so far."""
-    written, wanted = f"{config.out}/config.json", vars(config)
+    written, wanted = f"{config.out}/config.json", dict(vars(config))
+    for part, split in splits._asdict().items():
+        wanted |= {f"{part}_images": len(split), f"{part}_classes": len(split.classes)}
     if not os.path.exists(written):
         if config.resume:
             fail(f"--resume: {config.out} holds no run to go on with")
         os.makedirs(config.out, exist_ok=True)
-        counts = dict(train_images=len(splits.train), test_images=len(splits.test))
-        counts |= dict(train_classes=len(splits.train.classes), test_classes=len(splits.test.classes))
         with replacing(written) as file, open(file, "w") as out:
-            print(json.dumps(wanted | dict(data=counts), indent=2), file=out)
+            print(json.dumps(wanted, indent=2), file=out)
     with open(written) as file:
         there = json.load(file)
-    differences = [
-        f"{flag(name)} {there.get(name)} there, {value} now"
-        for name, value in wanted.items()
-        if name not in NOT_OF_THE_RESULT and there.get(name) != value
-    ]
+    compared = [name for name in wanted if name not in NOT_OF_THE_RESULT]
+    differences = [f"{name} {there.get(name)} there, {wanted[name]} now" for name in compared if there.get(name) != wanted[name]]
     if differences:
         fail(f"{config.out} holds another run ({'; '.join(differences)}); name another --out")
 

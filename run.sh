@@ -17,7 +17,7 @@ if [[ ${1:-} != test ]]; then
         [[ $word == -* ]] && break
         (( position < 3 )) || fail "unexpected word '$word' after DATASET LOSS MODE"
         [[ " ${words[position]} " == *" $word "* ]] ||
-            fail "unknown ${names[position]} '$word'; DATASET is ${words[0]// /, } (or the word test), LOSS ${words[1]// /, }, MODE ${words[2]// /, }"
+            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]}, MODE: ${words[2]}, or the word test alone"
         position=$((position + 1))
     done
 fi

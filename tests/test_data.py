@@ -1,0 +1,130 @@
+"""Folders, the toy set, and batches."""
+
+import collections
+import filecmp
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+
+def test_a_flat_folder_is_split_by_class(tmp_path, write_tree):
+    write_tree(tmp_path, {"b": 3, "a": 2, "group/d": 4, "group/c": 2})
+    (tmp_path / "a" / "._0.png").write_bytes(b"junk")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    train, test = data.load("folder", str(tmp_path))
+    assert train.classes == ["a", "b"] and test.classes == ["group/c", "group/d"]
+    assert train.labels == [0, 0, 1, 1, 1] and test.labels == [0, 0, 1, 1, 1, 1]
+    assert [pathlib.Path(p).relative_to(tmp_path).as_posix() for p in train.paths[:3]] == ["a/0.png", "a/1.png", "b/0.png"]
+
+
+def test_train_and_test_directories_win_over_halves(tmp_path, write_tree):
+    write_tree(tmp_path, {"train/a": 2, "train/b": 2, "train/c": 2, "test/d": 2, "test/e": 2})
+    train, test = data.load("folder", str(tmp_path))
+    assert train.classes == ["a", "b", "c"] and test.classes == ["d", "e"]
+
+
+def test_unusable_folders_are_named(tmp_path, write_tree):
+    for name, classes, message in [
+        ("none", {}, "no images in it"),
+        ("one", {"a": 3}, "0 class.* to train on"),
+        ("three", {"a": 3, "b": 3, "c": 3}, "1 class.* to train on"),
+        ("shared", {"train/a": 2, "train/b": 2, "test/b": 2, "test/c": 2}, "in both train/ and test/ .b, "),
+        ("lone", {"a": 2, "b": 2, "c": 1, "d": 1}, "no test class has 2 images"),
+    ]:
+        (tmp_path / name).mkdir()
+        write_tree(tmp_path / name, classes)
+        with pytest.raises(ValueError, match=message) as error:
+            data.load("folder", str(tmp_path / name))
+        assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+    with pytest.raises(OSError, match="no such directory"):
+        data.load("folder", str(tmp_path / "missing"))
+
+
+def test_the_toy_set_is_written_once_and_always_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TOY_CLASSES", 6)
+    monkeypatch.setattr(data, "TOY_IMAGES", 2)
+    train, test = data.load("toy", str(tmp_path / "one"))
+    data.load("toy", str(tmp_path / "other"))
+    assert (len(train), len(test)) == (6, 6) and not set(train.classes) & set(test.classes)
+    for path in train.paths + test.paths:
+        assert filecmp.cmp(path, path.replace("one", "other"), shallow=False)
+    monkeypatch.setattr(data, "write_toy", None)
+    assert data.load("toy", str(tmp_path / "one")).train == train
+
+
+LABELS = [0] * 7 + [1] * 2 + [2] * 9 + [3] * 3 + [4] * 6
+
+
+def test_shuffled_batches_take_each_image_once_at_most():
+    batches = data.TrainBatches(LABELS, batch_size=4, images_per_class=0, seed=0)
+    taken = [index for batch in batches for index, _ in batch]
+    assert len(batches) == 6 and len(taken) == len(set(taken)) == 24
+
+
+def test_balanced_batches_repeat_images_of_small_classes_only():
+    batches = data.TrainBatches(LABELS, batch_size=8, images_per_class=4, seed=0)
+    met = collections.Counter()
+    for epoch in range(20):
+        batches.epoch = epoch
+        assert len(list(batches)) == len(batches) == 3
+        for batch in batches:
+            images = [index for index, _ in batch]
+            classes = collections.Counter(LABELS[index] for index in images)
+            assert sorted(classes.values()) == [4, 4]
+            met.update(classes.keys())
+            for c in classes:
+                if LABELS.count(c) >= 4:
+                    assert len({i for i in images if LABELS[i] == c}) == 4
+    assert max(met.values()) - min(met.values()) <= 10  # classes come round evenly: 120 turns, 24 each on average
+
+
+def test_an_epoch_follows_from_seed_and_number():
+    def drawn(seed, epoch):
+        batches = data.TrainBatches(LABELS, 8, 4, seed)
+        batches.epoch = epoch
+        return list(batches)
+
+    assert drawn(1, 3) == drawn(1, 3) != drawn(1, 4) != drawn(2, 4)
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="--batch-size 28 is more than the 27 training images"):
+        data.TrainBatches(LABELS, 28, 0, 0)
+    with pytest.raises(ValueError, match="needs 6 classes; there are 5"):
+        data.TrainBatches(LABELS, 24, 4, 0)
+
+
+def test_augmentation_does_not_depend_on_workers(tmp_path, write_tree):
+    write_tree(tmp_path, {"a": 4, "b": 4, "c": 4, "d": 4})
+    split = data.load("folder", str(tmp_path)).train
+    loaded = []
+    for num_workers in (0, 2):
+        batches = data.TrainBatches(split.labels, 4, 2, seed=0)
+        loaded.append([images for images, _ in data.train_loader(split, batches, 32, 0.2, num_workers)])
+    assert torch.equal(torch.stack(loaded[0]), torch.stack(loaded[1]))
+    assert loaded[0][0].shape == (4, 3, 32, 32) and not torch.equal(loaded[0][0][0], loaded[0][0][1])
+
+
+def test_the_test_images_come_in_order_and_whole(tmp_path, write_tree):
+    write_tree(tmp_path, {"a": 2, "b": 2, "c": 3, "d": 2}, size=37)
+    split = data.load("folder", str(tmp_path)).test
+    images, labels = zip(*data.test_loader(split, 2, 32, 0))
+    assert torch.cat(labels).tolist() == [0, 0, 0, 1, 1]
+    pixels = np.asarray(data.open_image(split.paths[0]))[2:34, 2:34] / 255  # 37 = round(32 * 256 / 224): a crop, no resize
+    expected = (pixels - data.IMAGENET_MEAN) / data.IMAGENET_STD
+    np.testing.assert_allclose(images[0][0].permute(1, 2, 0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_named_in_one_line(tmp_path, write_tree, num_workers):
+    write_tree(tmp_path, {"a": 2, "b": 2, "c": 2, "d": 2})
+    broken = tmp_path / "c" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    split = data.load("folder", str(tmp_path)).test
+    with pytest.raises(data.UnreadableImage) as error:
+        list(data.test_loader(split, 2, 32, num_workers))
+    assert str(error.value).startswith(f"{broken}: cannot be read") and "\n" not in str(error.value)

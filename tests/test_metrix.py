@@ -1,0 +1,240 @@
+"""The step and its twelve cells, the run and its files, and what bad input is told."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import losses
+import metrix
+import model as models
+
+ROOT = pathlib.Path(metrix.__file__).parent
+CELLS = list(itertools.product(metrix.LOSSES, metrix.MODES))
+SMALL = "--net tiny --weights none --image-size 32 --embedding-size 16 --batch-size 8 --images-per-class 2 --num-workers 0"
+BATCHES = {
+    "balanced": [0, 0, 1, 1, 2, 2, 3, 3],
+    "unbalanced, with singletons": [0, 0, 0, 0, 1, 1, 2, 3],
+    "no positive pair": [0, 1, 2, 3, 4, 5, 6, 7],
+    "one class": [5] * 8,
+}
+
+
+def make(loss, mode, bn="train"):
+    torch.manual_seed(0)
+    config = metrix.parse([*f"toy {loss} {mode} {SMALL}".split()])
+    net = models.ResNet(**models.NETS["tiny"], embedding_size=16, bn=bn)
+    return config, net, metrix.LOSSES[loss](8, 16)
+
+
+# -------------------------------------------------------------------------------------------- method
+
+
+@pytest.mark.parametrize("loss, mode", CELLS)
+@pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
+def test_every_cell_trains_on_every_kind_of_batch(loss, mode, labels):
+    config, net, metric = make(loss, mode)
+    y, images = torch.tensor(labels), torch.randn(8, 3, 40, 40)
+    optimizer = metrix.make_optimizer(net, metric, config)
+    before = {name: p.detach().clone() for module in (net, metric) for name, p in module.named_parameters()}
+    for pairing in metric.pairings * 2:
+        value = metrix.step(net, metric, images, y, config, 0.4, pairing)
+        optimizer.zero_grad()
+        value.backward()
+        assert value.isfinite()
+        assert all(p.grad is None or p.grad.isfinite().all() for group in optimizer.param_groups for p in group["params"])
+        optimizer.step()
+    if labels == BATCHES["balanced"]:
+        for name, p in [*net.named_parameters(), *metric.named_parameters()]:
+            assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("loss, mode", CELLS)
+def test_the_trunk_runs_once_on_the_batch(loss, mode):
+    """And in input mode once more on the mixed images of the hardest bank, never on anchors again."""
+    config, net, metric = make(loss, mode, bn="stats")
+    passed = []
+    features = net.features
+    net.features = lambda images: passed.append(len(images)) or features(images)
+    y, images = torch.tensor(BATCHES["unbalanced, with singletons"]), torch.randn(8, 3, 40, 40)
+    for pairing in metric.pairings:
+        passed.clear()
+        metrix.step(net, metric, images, y, config, 0.4, pairing)
+        with torch.no_grad():
+            bank = len(losses.hardest_bank(net.head(features(images)), y, pairing)[0])
+        assert passed == ([8, bank] if mode == "input" else [8])
+
+
+def test_the_mixed_loss_is_weighted_and_added():
+    for mode in ("input", "feature", "embed"):
+        config, net, metric = make("multisimilarity", mode, bn="stats")
+        y, images = torch.tensor(BATCHES["balanced"]), torch.randn(8, 3, 40, 40)
+        values = []
+        for config.mix_weight in (0.0, 0.4, 0.8):
+            values.append(metrix.step(net, metric, images, y, config, 0.4, "anchor-negative").item())
+        config.mode = "baseline"
+        assert values[0] == metrix.step(net, metric, images, y, config, 0.4, "anchor-negative").item()
+        assert values[1] > values[0] and values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-3)
+
+
+def test_mixing_with_lam_one_shows_the_first_of_each_pair():
+    """Then the mixed example is the first itself, in whichever mode, and the modes agree."""
+    y, images = torch.tensor(BATCHES["balanced"]), torch.randn(8, 3, 40, 40)
+    values = []
+    for mode in ("feature", "embed"):
+        config, net, metric = make("contrastive", mode, bn="stats")
+        values.append(metrix.step(net.double(), metric, images.double(), y, config, 1.0, "positive-negative"))
+    torch.testing.assert_close(values[0], values[1])
+
+
+# ----------------------------------------------------------------------------------------------- run
+
+
+@pytest.fixture
+def tree(tmp_path, write_tree):
+    return str(write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)}))
+
+
+def command(tree, out, cell="contrastive feature", more="--epochs 2"):
+    return f"folder {cell} --data-root {tree} --out {out} {SMALL} {more}".split()
+
+
+@pytest.mark.parametrize("loss, mode", CELLS)
+def test_every_cell_runs_from_the_command_line(loss, mode, tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    metrix.main(command(tree, out, f"{loss} {mode}", "--epochs 1"))
+    assert sorted(os.listdir(out)) == sorted(metrix.WRITTEN)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["loss"], config["mode"], config["train_images"]) == (loss, mode, 25)
+    (line,) = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert sorted(line) == sorted(["epoch", "loss", "lr", "recall", "seconds", "images_per_second"])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["last"]["recall"] == line["recall"] and 0 <= line["recall"]["1"] <= line["recall"]["8"] <= 1
+    for name in ("last.pt", "best.pt"):
+        state = torch.load(out / name, weights_only=True)
+        models.ResNet(**models.NETS["tiny"], embedding_size=16).load_state_dict(state["model"])
+        assert ("proxies" in state["metric"]) == (loss == "proxyanchor")
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tree, tmp_path, monkeypatch, capsys):
+    cell, more = "proxyanchor input", "--epochs 3 --warmup-epochs 1"
+    metrix.main(command(tree, tmp_path / "whole", cell, more))
+
+    def stop_in_the_third_epoch(epoch, *rest, train_epoch=metrix.train_epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(epoch, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(metrix, "train_epoch", stop_in_the_third_epoch)
+        metrix.main(command(tree, tmp_path / "parts", cell, more))
+    assert stopped.value.code == 130
+    metrix.main(command(tree, tmp_path / "parts", cell, more + " --resume"))
+    whole, parts = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "parts"))
+    for key in ("model", "metric"):
+        for name, value in whole[key].items():
+            assert torch.equal(value, parts[key][name]), name
+    assert [line["recall"] for line in whole["log"]] == [line["recall"] for line in parts["log"]]
+    assert len((tmp_path / "parts" / "log.jsonl").read_text().splitlines()) == 3
+
+    capsys.readouterr()
+    metrix.main(command(tree, tmp_path / "parts", cell, more))  # finished: the table again, nothing trained
+    assert "R@1" in capsys.readouterr().out
+
+
+def test_warm_up_leaves_the_trunk_as_it_was(tree, tmp_path):
+    metrix.main(command(tree, tmp_path / "run", more="--epochs 1 --warmup-epochs 1"))
+    torch.manual_seed(0)
+    fresh = models.ResNet(**models.NETS["tiny"], embedding_size=16, bn="train")
+    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    for name, parameter in fresh.named_parameters():
+        assert torch.equal(parameter, trained[name]) != name.startswith("embedding."), name
+
+
+def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
+    metrix.main(command(tree, tmp_path / "first", more="--epochs 1"))
+    metrix.main(command(tree, tmp_path / "second", more=f"--epochs 1 --lr 0 --bn stats --weights {tmp_path}/first/best.pt"))
+    first, second = (json.loads((tmp_path / run / "log.jsonl").read_text()) for run in ("first", "second"))
+    assert first["recall"] == second["recall"]  # a learning rate of 0 changes nothing
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("toi", "invalid choice: 'toi' (choose from"),
+        ("toy triplet", "invalid choice: 'triplet'"),
+        ("toy contrastive mixup", "invalid choice: 'mixup'"),
+        ("toy --epochs many", "--epochs: invalid int value: 'many'"),
+        ("toy --epochs 0", "--epochs is 0; it must be at least 1"),
+        ("toy --lr nan", "--lr is nan"),
+        ("toy --min-crop 2", "--min-crop is 2.0; it must be at least 0.01 and at most 1"),
+        ("toy --bn on", "--bn: invalid choice: 'on'"),
+        ("toy --epoch 3", "unrecognized arguments: --epoch 3"),
+        ("toy --batch-size 1", "--batch-size is 1; it must be at least 2"),
+        ("toy --batch-size 5", "--batch-size 5 is less than two classes of 5; it must be at least 10"),
+        ("toy --images-per-class 7", "--images-per-class 7 does not divide --batch-size 100; 98 would do"),
+        ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
+        ("toy --device abacus", "--device abacus cannot be used"),
+        ("folder --data-root /nowhere --weights none", "/nowhere: no such directory"),
+        ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
+        ("folder --data-root {one} --weights none", "{one}: 0 class(es) to train on, at least 2 are needed"),
+        ("folder --data-root {tree} --weights none --batch-size 50", "--batch-size 50 is more than the 25 training images"),
+        ("folder --data-root {tree} --weights {tree}/none.pt --batch-size 10", "none.pt: no such weights file"),
+        ("folder --data-root {tree} --out {tree}/class0/0.png " + SMALL, "0.png"),
+        ("folder --data-root {tree} --out {empty} --resume " + SMALL, "--resume: {empty} holds no run"),
+        ("folder --data-root {broken} --out {empty}/run " + SMALL, "{broken}/d/1.png: cannot be read as an image"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments, message, tree, tmp_path, write_tree, capsys):
+    places = {name: str(tmp_path / name) for name in ("empty", "one", "broken")} | {"tree": tree}
+    (tmp_path / "empty").mkdir()
+    write_tree(tmp_path / "one", {"a": 3})
+    write_tree(tmp_path / "broken", {"a": 4, "b": 4, "c": 4, "d": 2, "e": 4, "f": 4, "g": 4, "h": 4})
+    (tmp_path / "broken" / "d" / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(SystemExit) as end:
+        metrix.main(arguments.format(**places).split())
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert told.startswith("metrix: ") and told.count("\n") == 1 and message.format(**places) in told
+
+
+def test_another_configuration_does_not_overwrite_a_run(tree, tmp_path, capsys):
+    metrix.main(command(tree, tmp_path / "run", more="--epochs 1"))
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in metrix.WRITTEN}
+    with pytest.raises(SystemExit) as end:
+        metrix.main(command(tree, tmp_path / "run", more="--epochs 1 --lr 0.5"))
+    assert end.value.code == 2 and "lr 0.003 there, 0.5 now" in capsys.readouterr().err
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in metrix.WRITTEN}
+
+
+# -------------------------------------------------------------------------------------------- run.sh
+
+
+def run_sh(*arguments, cwd=None):
+    return subprocess.run([str(ROOT / "run.sh"), *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_run_sh_knows_the_words_of_metrix():
+    for arguments in (["tests"], ["toy", "triplet"], ["toy", "contrastive", "mixup"], ["toy", "contrastive", "feature", "now"]):
+        result = run_sh(*arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and arguments[-1] in result.stderr
+    told, fields = run_sh("what").stderr, metrix.Config.__dataclass_fields__
+    for name in ("dataset", "loss", "mode"):
+        assert f"{name.upper()}: {' '.join(fields[name].metadata['choices'])}," in told
+
+
+@pytest.mark.slow
+def test_the_toy_baseline_is_neither_hopeless_nor_saturated(tmp_path):
+    result = run_sh("toy", "contrastive", "baseline", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert 0.40 < summary["last"]["recall"]["1"] < 0.85
+    assert sorted(os.listdir(tmp_path / summary["out"])) == sorted(metrix.WRITTEN)
