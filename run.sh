@@ -33,7 +33,7 @@ if ! ready "$python"; then
         command -v python3 >/dev/null || fail "no python3 here; install Python 3.10 or newer"
         echo "The active Python lacks one of: $needed. Installing requirements.txt into $here/.venv (several GB, minutes)."
         python3 -m venv "$here/.venv" || fail "python3 cannot make $here/.venv; install its venv module"
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+        "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
     fi
 fi
 
