@@ -1,15 +1,17 @@
 """Images and labels of a data set, and how they become batches.
 
-    load(dataset, root)   -> (train, test), each with .paths, .labels, .classes; their classes never overlap
+    load(dataset, root)   -> (train, test) or (train, query, gallery), each with .paths, .labels, .classes;
+                             the classes to train on never overlap the others
     train_loader(...)     random-resized-crop + flip, shuffled or class-balanced batches
     test_loader(...)      resize + centre crop, in order
 
-`toy` is generated once and then read like `folder`; a folder is any tree of images:
+cub, cars, sop and inshop are read from their own lists, in every layout they are found in. A folder is any tree of
+images, and a class in it a directory that directly holds some; `toy` is generated once and then read like it:
 
     ROOT/train/../CLASS/IMAGE  and  ROOT/test/../CLASS/IMAGE, or
     ROOT/../CLASS/IMAGE        the first half of the sorted classes trains, the second half tests
 
-A class is a directory that directly holds images. All randomness of an epoch follows from (seed, epoch), that of an
+All randomness of an epoch follows from (seed, epoch), that of an
 augmentation from the seed drawn for it with its index: the same images whatever the number of workers.
 """
 
@@ -49,58 +51,220 @@ class Splits(NamedTuple):
     test: Split
 
 
+class RetrievalSplits(NamedTuple):
+    train: Split
+    query: Split
+    gallery: Split  # the classes of `query`, numbered alike
+
+
 def load(dataset, root):
-    """Train and test splits of a data set under `root`. Raises ValueError or OSError, one line, where it cannot."""
-    return DATASETS[dataset](root)
+    """The splits of a data set under `root`: Splits, or RetrievalSplits where queries search a gallery of its own.
+
+    Raises ValueError or OSError with one line that names the file or directory and what to do.
+    """
+    splits = DATASETS[dataset](root)
+    train, query, gallery = splits.train, splits[1], splits[-1]
+    if shared := sorted(set(train.classes) & set(query.classes + gallery.classes)):
+        raise ValueError(
+            f"{root}: {len(shared)} classes are there to train and to test on ({', '.join(shared[:3])}, ..); "
+            "retrieval is tested on classes that training never saw, so remove them from one"
+        )
+    for part, split in zip(splits._fields, splits):
+        if len(split.classes) < 2:
+            raise ValueError(f"{root}: {len(split.classes)} class(es) in the {part} split, at least 2 are needed")
+    found = np.bincount(gallery.labels, minlength=len(query.classes)) - (query is gallery)
+    if not (found[query.labels] > 0).any():
+        raise ValueError(f"{root}: no query has another image of its class to find")
+    return splits
 
 
-# -------------------------------------------------------------------------------------------- folder
+def sizes(splits):
+    """{"train_images": .., "train_classes": .., ..}"""
+    counts = {f"{part}_images": len(split) for part, split in splits._asdict().items()}
+    return counts | {f"{part}_classes": len(split.classes) for part, split in splits._asdict().items()}
+
+
+def make_split(images, classes=None):
+    """Split of (path, class) pairs in their order; the classes are numbered in sorted order."""
+    classes = sorted({name for _, name in images}) if classes is None else classes
+    number = {name: label for label, name in enumerate(classes)}
+    return Split([path for path, _ in images], [number[name] for _, name in images], [str(name) for name in classes])
+
+
+# ------------------------------------------------------------------------------------------- folders
 
 
 def load_folder(root):
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such directory; give the folder that holds your images with --data-root")
     halves = [os.path.join(root, name) for name in ("train", "test")]
-    if all(os.path.isdir(half) for half in halves):
-        train, test = map(find_classes, halves)
-        shared = sorted(set(train) & set(test))
-        if shared:
-            raise ValueError(
-                f"{root}: {len(shared)} classes are in both train/ and test/ ({', '.join(shared[:3])}, ..); "
-                "retrieval is tested on classes that training never saw, so remove them from one"
-            )
-    else:
-        found = find_classes(root)
-        names = sorted(found)
-        train = {name: found[name] for name in names[: len(names) // 2]}
-        test = {name: found[name] for name in names[len(names) // 2 :]}
-    for part, found in (("train", train), ("test", test)):
-        if len(found) < 2:
-            raise ValueError(
-                f"{root}: {len(found)} class(es) to {part} on, at least 2 are needed; a class is a directory that "
-                "directly holds images, and without train/ and test/ half of the classes go to each"
-            )
-    if max(map(len, test.values())) < 2:
-        raise ValueError(f"{root}: no test class has 2 images, so no query could find anything")
-    return Splits(_split(train), _split(test))
+    if all(map(os.path.isdir, halves)):
+        return Splits(*(make_split(find_images(half)) for half in halves))
+    return split_in_halves(root, find_images(root))
 
 
-def find_classes(root):
-    """{directory relative to root: its image files, sorted}, for every directory that directly holds images."""
-    found = {}
+def find_images(root):
+    """[(file, class), ..] below root, sorted; the class is the directory that holds the file, relative to root."""
+    images = []
     for directory, _, files in os.walk(root, followlinks=True):
-        images = [f for f in sorted(files) if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
-        if images:
-            found[os.path.relpath(directory, root)] = [os.path.join(directory, f) for f in images]
-    if not found:
+        name = os.path.relpath(directory, root)
+        pictures = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
+        images += [(os.path.join(directory, f), name) for f in pictures]
+    if not images:
         raise ValueError(f"{root}: no images in it; looked for {' '.join(IMAGE_SUFFIXES)} in every directory below")
-    return found
+    return sorted(images, key=lambda image: (image[1], image[0]))
 
 
-def _split(found):
-    classes = sorted(found)
-    labels = [label for label, name in enumerate(classes) for _ in found[name]]
-    return Split([path for name in classes for path in found[name]], labels, classes)
+def split_in_halves(root, images):
+    """The first half of the sorted classes trains, the second half tests."""
+    classes = sorted({name for _, name in images})
+    if len(classes) < 4:
+        raise ValueError(
+            f"{root}: {len(classes)} class(es), at least 4 are needed, half of them to train and half to test on; "
+            "a class is a directory that directly holds images"
+        )
+    first = set(classes[: len(classes) // 2])
+    train, test = ([image for image in images if (image[1] in first) == part] for part in (True, False))
+    return Splits(make_split(train), make_split(test))
+
+
+# ---------------------------------------------------------------------------------------- benchmarks
+
+# Sizes of the full sets; with others a result cannot be compared with published ones.
+FULL = {
+    "cub": dict(train_images=5864, test_images=5924, train_classes=100, test_classes=100),
+    "cars": dict(train_images=8054, test_images=8131, train_classes=98, test_classes=98),
+    "sop": dict(train_images=59551, test_images=60502, train_classes=11318, test_classes=11316),
+    "inshop": dict(
+        train_images=25882, query_images=14218, gallery_images=12612,
+        train_classes=3997, query_classes=3985, gallery_classes=3985,
+    ),  # fmt: skip
+}
+
+
+def load_cub(root):
+    """CUB-200-2011, by its lists: class ids 1 .. 100 train, 101 .. 200 test. Without them, by its folders."""
+    base = find(root, ("CUB_200_2011", "."), "images", "CUB-200-2011 (CUB_200_2011.tgz)")
+    images, names, labels = (os.path.join(base, name) for name in ("images", "images.txt", "image_class_labels.txt"))
+    if not os.path.exists(names) and not os.path.exists(labels):
+        return split_in_halves(images, find_images(images))
+    name_of = {number: name for _, (number, name) in read_rows(names, "image_id image_name")}
+    rows = read_rows(labels, "image_id class_id")
+    found = []
+    for place, (number, label) in rows:
+        if number not in name_of:
+            raise ValueError(f"{place}: image {number} is not in {names}")
+        found.append((inside(images, name_of[number], names), as_int(label, place)))
+    return split_by_class(found, last_train_class=100)
+
+
+def load_cars(root):
+    """Cars196: classes 1 .. 98 train, 99 .. 196 test, whatever the official halves, which were made for classifying."""
+    base = find(root, ("cars196", "stanford_cars", "."), ("car_ims", "cars_train"), "Cars196 (images and .mat lists)")
+    lists = {"cars_annos.mat": ""}
+    if not os.path.isdir(os.path.join(base, "car_ims")):
+        lists = {"cars_train_annos.mat": "cars_train", "cars_test_annos_withlabels.mat": "cars_test"}
+    found = []
+    for name, directory in lists.items():
+        file = os.path.join(base, name)
+        if not os.path.exists(file):
+            file = os.path.join(base, "devkit", name)
+        found += [(inside(os.path.join(base, directory), path, file), label) for path, label in read_mat(file)]
+    return split_by_class(found, last_train_class=98)
+
+
+def load_sop(root):
+    base = find(root, ("Stanford_Online_Products", "."), "Ebay_train.txt", "Stanford Online Products")
+    splits = []
+    for name in ("Ebay_train.txt", "Ebay_test.txt"):
+        rows = read_rows(os.path.join(base, name), "image_id class_id super_class_id path", skip=1)
+        splits.append(make_split([(inside(base, row[3], place), as_int(row[1], place)) for place, row in rows]))
+    return Splits(*splits)
+
+
+def load_inshop(root):
+    """DeepFashion In-Shop: the list at the top or in Eval/, images in Img/img/ or img/; the partition is in the list."""
+    base = find(root, ("InShop_Clothes", "Inshop_Clothes", "."), PARTITIONS, "In-Shop Clothes Retrieval (DeepFashion)")
+    file = next(path for path in (os.path.join(base, name) for name in PARTITIONS) if os.path.exists(path))
+    images = os.path.join(base, "Img") if os.path.isdir(os.path.join(base, "Img", "img")) else base
+    parts = {"train": [], "query": [], "gallery": []}
+    for place, (name, item, part) in read_rows(file, "image_name item_id evaluation_status", skip=2):
+        if part not in parts:
+            raise ValueError(f"{place}: evaluation_status is {part!r}, expected train, query or gallery")
+        parts[part].append((inside(images, name, place), item))
+    held_out = sorted({item for part in ("query", "gallery") for _, item in parts[part]})
+    return RetrievalSplits(make_split(parts["train"]), *(make_split(parts[part], held_out) for part in ("query", "gallery")))
+
+
+PARTITIONS = ("list_eval_partition.txt", os.path.join("Eval", "list_eval_partition.txt"))
+
+
+def find(root, directories, evidence, what):
+    """The first of root/directories that holds any of `evidence`."""
+    evidence = (evidence,) if isinstance(evidence, str) else evidence
+    for directory in directories:
+        base = os.path.normpath(os.path.join(root, directory))
+        if any(os.path.exists(os.path.join(base, name)) for name in evidence):
+            return base
+    wanted = " or ".join(os.path.join(directories[0], name) for name in evidence)
+    raise FileNotFoundError(f"{root}: no {wanted} in it; unpack {what} there, or say where it is with --data-root")
+
+
+def read_rows(file, columns, skip=0):
+    """[("FILE, line N", fields), ..] of a list with these columns, separated by any blanks, after `skip` header lines."""
+    rows, width = [], len(columns.split())
+    try:
+        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                fields = line.split()
+                if number > skip and fields:
+                    if len(fields) != width:
+                        raise ValueError(f"{file}, line {number}: expected {columns}, got {line.strip()[:80]!r}")
+                    rows.append((f"{file}, line {number}", fields))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file; it is part of the data set's download") from None
+    if not rows:
+        raise ValueError(f"{file}: lists no images")
+    return rows
+
+
+def read_mat(file):
+    """[(image path, class), ..] of a Cars196 list, old (relative_im_path) or new (fname)."""
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"{file}: no such file; Cars196 needs its lists with classes, of the test images too")
+    try:
+        from scipy.io import loadmat  # needed here only
+
+        annotations = loadmat(file, squeeze_me=True)["annotations"]
+        fields = annotations.dtype.names or ()
+    except ImportError:
+        raise ValueError(f"{file}: reading it takes scipy; pip install scipy") from None
+    except Exception as error:  # scipy raises many kinds for a broken file
+        raise ValueError(f"{file}: not a list of Cars196 ({type(error).__name__})") from error
+    path = "relative_im_path" if "relative_im_path" in fields else "fname"
+    for wanted in (path, "class"):
+        if wanted not in fields:
+            raise ValueError(f"{file}: has no {wanted!r}, only {', '.join(fields)}; use the list with labels")
+    return [(str(name), int(label)) for name, label in zip(*(np.atleast_1d(annotations[name]) for name in (path, "class")))]
+
+
+def split_by_class(images, last_train_class):
+    train, test = ([image for image in images if (image[1] <= last_train_class) == part] for part in (True, False))
+    return Splits(make_split(train), make_split(test))
+
+
+def inside(directory, path, place):
+    """directory/path, which a list may not lead out of."""
+    if os.path.isabs(path) or ".." in path.split("/"):
+        raise ValueError(f"{place}: {path} leads out of {directory}")
+    return os.path.join(directory, path)
+
+
+def as_int(text, place):
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{place}: {text!r} is not a class number") from None
 
 
 # ----------------------------------------------------------------------------------------------- toy
@@ -188,7 +352,14 @@ def _colour(rgb):
     return tuple(int(c) for c in np.clip(rgb, 0, 255))
 
 
-DATASETS = {"toy": load_toy, "folder": load_folder}
+DATASETS = {
+    "cub": load_cub,
+    "cars": load_cars,
+    "sop": load_sop,
+    "inshop": load_inshop,
+    "folder": load_folder,
+    "toy": load_toy,
+}
 
 
 # ------------------------------------------------------------------------------------------- batches

@@ -1,6 +1,7 @@
 """Metrix: a metric-learning loss that also looks at mixed examples. The method, and the loop that trains it.
 
     python metrix.py [DATASET] [LOSS] [MODE] [--flag value ..]       default: toy contrastive feature
+    python metrix.py all DATASET [--flag value ..]                   its twelve cells, and a table of them
 
 `step` is the method: clean loss + mix_weight * mixed loss, one mixing weight lam ~ Beta(mix_alpha, mix_alpha) a step.
     baseline   mixes nothing
@@ -15,6 +16,7 @@ All randomness of an epoch follows from (seed, epoch), so the same command goes 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -38,7 +40,28 @@ LOSSES = {
     "proxyanchor": losses.ProxyAnchor,
 }
 WRITTEN = ("config.json", "log.jsonl", "last.pt", "best.pt", "retrieval.png")
-RECALL_AT = {"toy": (1, 2, 4, 8), "folder": (1, 2, 4, 8)}
+RECALL_AT = {
+    "cub": (1, 2, 4, 8, 16, 32),
+    "cars": (1, 2, 4, 8, 16, 32),
+    "sop": (1, 10, 100, 1000),
+    "inshop": (1, 10, 20, 30, 40, 50),
+    "folder": (1, 2, 4, 8),
+    "toy": (1, 2, 4, 8),
+}
+PUBLISHED = {  # Recall@1 of the paper's ResNet-50, D = 512, in the order of MODES
+    ("cub", "contrastive"): (64.7, 66.3, 67.4, 66.4),
+    ("cub", "multisimilarity"): (67.8, 69.0, 71.4, 70.2),
+    ("cub", "proxyanchor"): (69.5, 70.5, 71.0, 70.4),
+    ("cars", "contrastive"): (81.6, 82.9, 85.1, 83.9),
+    ("cars", "multisimilarity"): (87.8, 89.0, 89.6, 88.8),
+    ("cars", "proxyanchor"): (87.6, 88.2, 89.1, 88.9),
+    ("sop", "contrastive"): (74.9, 75.8, 77.5, 76.7),
+    ("sop", "multisimilarity"): (76.9, 77.9, 81.0, 78.5),
+    ("sop", "proxyanchor"): (79.1, 79.8, 81.3, 80.6),
+    ("inshop", "contrastive"): (86.4, 87.7, 89.1, 88.4),
+    ("inshop", "multisimilarity"): (90.1, 91.8, 92.2, 91.9),
+    ("inshop", "proxyanchor"): (90.0, 90.9, 91.9, 91.6),
+}
 
 
 # -------------------------------------------------------------------------------------------- config
@@ -84,19 +107,43 @@ class Config:
     resume: bool = option(False, "go on with the run in OUT, and fail if there is none")
 
 
-# What a recipe says differently from the defaults above. A trunk that starts from random weights has no statistics
-# worth freezing, nothing to warm up for, and cannot learn small pictures from crops of a twelfth of their area.
-FROM_SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, lr=3e-3, min_crop=0.6)
-TOY = FROM_SCRATCH | dict(net="tiny", embedding_size=64, image_size=64, epochs=20, lr_step=8, lr_gamma=0.3, images_per_class=5)
-FOLDER = dict(images_per_class=5)
+# The recipes: what they say differently from the defaults above. The paper's, and for toy and folder our own.
+COLUMNS = ("lr", "lr_step", "lr_gamma", "warmup_epochs", "bn", "images_per_class")
 RECIPES = {
-    ("toy", "contrastive"): TOY,
-    ("toy", "multisimilarity"): TOY,
-    ("toy", "proxyanchor"): TOY,
-    ("folder", "contrastive"): FOLDER,
-    ("folder", "multisimilarity"): FOLDER | dict(lr_step=5, lr_gamma=0.5),
-    ("folder", "proxyanchor"): FOLDER | dict(lr_step=5, lr_gamma=0.5),
+    ("cub", "contrastive"): (1e-4, 10, 0.1, 5, "stats", 0),
+    ("cub", "multisimilarity"): (1e-4, 5, 0.5, 5, "stats", 0),
+    ("cub", "proxyanchor"): (1e-4, 5, 0.5, 5, "stats", 0),
+    ("cars", "contrastive"): (1e-4, 10, 0.1, 5, "stats", 0),
+    ("cars", "multisimilarity"): (1e-4, 5, 0.5, 5, "stats", 0),
+    ("cars", "proxyanchor"): (1e-4, 5, 0.5, 5, "stats", 0),
+    ("sop", "contrastive"): (3e-5, 10, 0.25, 5, "train", 5),
+    ("sop", "multisimilarity"): (6e-4, 20, 0.25, 1, "train", 5),
+    ("sop", "proxyanchor"): (6e-4, 20, 0.25, 1, "train", 5),
+    ("inshop", "contrastive"): (1e-4, 5, 0.25, 1, "train", 5),
+    ("inshop", "multisimilarity"): (6e-4, 20, 0.25, 1, "train", 5),
+    ("inshop", "proxyanchor"): (6e-4, 20, 0.25, 1, "train", 5),
+    ("folder", "contrastive"): (1e-4, 10, 0.1, 5, "stats", 5),
+    ("folder", "multisimilarity"): (1e-4, 5, 0.5, 5, "stats", 5),
+    ("folder", "proxyanchor"): (1e-4, 5, 0.5, 5, "stats", 5),
+    ("toy", "contrastive"): (3e-3, 8, 0.3, 0, "train", 5),
+    ("toy", "multisimilarity"): (3e-3, 8, 0.3, 0, "train", 5),
+    ("toy", "proxyanchor"): (3e-3, 8, 0.3, 0, "train", 5),
 }
+# A trunk that starts from random weights has no statistics worth freezing, nothing to warm up for, and does not learn
+# small pictures from crops of a twelfth of their area.
+FROM_SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, lr=3e-3, min_crop=0.6)
+TOY = FROM_SCRATCH | dict(net="tiny", embedding_size=64, image_size=64, epochs=20)
+
+
+def recipe_of(dataset, loss, mode):
+    """Every setting of a cell, flags aside."""
+    recipe = {field.name: field.default for field in dataclasses.fields(Config)}
+    recipe |= dict(zip(COLUMNS, RECIPES[dataset, loss])) | dict(dataset=dataset, loss=loss, mode=mode)
+    if (dataset, loss, mode) == ("inshop", "contrastive", "baseline"):
+        recipe["lr"] = 3e-5
+    return recipe | TOY if dataset == "toy" else recipe
+
+
 NOT_OF_THE_RESULT = ("out", "device", "num_workers", "resume")  # a run may go on with others of these
 
 
@@ -114,7 +161,7 @@ def parse(arguments):
         else:
             parser.add_argument(flag(field.name), type=field.type, **about)
     given = vars(parser.parse_args(arguments))
-    recipe = RECIPES[given["dataset"], given["loss"]]
+    recipe = recipe_of(given["dataset"], given["loss"], given["mode"])
     if given.get("weights") == "none":
         recipe = recipe | FROM_SCRATCH
     config = Config(**(recipe | given))
@@ -228,9 +275,10 @@ def run(config):
         log = open_run(config, splits, model, metric, optimizer)
 
     loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
-    test_loader = data.test_loader(splits.test, config.batch_size, config.image_size, config.num_workers)
+    held_out = splits[1:]  # test, or query and gallery
+    test_loaders = [data.test_loader(split, config.batch_size, config.image_size, config.num_workers) for split in held_out]
     images = len(batches) * config.batch_size
-    progress = Progress((config.epochs - len(log)) * (images + len(splits.test)))
+    progress = Progress((config.epochs - len(log)) * (images + sum(map(len, held_out))))
     for epoch in range(len(log), config.epochs):
         title = f"epoch {epoch + 1:3d}/{config.epochs}"
         with clear(data.UnreadableImage):
@@ -242,14 +290,15 @@ def run(config):
             if not math.isfinite(loss):
                 fail(f"the loss of epoch {epoch + 1} is {loss}; try a lower --lr and another --out")
             progress.begin(f"{title}  testing")
-            z, y = eval.embed(model, progress.of(test_loader), config.device)
-        rank = eval.ranks(z, y)
+            embedded = [eval.embed(model, progress.of(test_loader), config.device) for test_loader in test_loaders]
+        rank = eval.ranks(*itertools.chain(*embedded))
         recall = {str(k): share for k, share in eval.recall_from_ranks(rank, RECALL_AT[config.dataset]).items()}
         seconds = time.perf_counter() - started
         lr = optimizer.param_groups[0]["lr"]
         log.append(dict(epoch=epoch + 1, loss=loss, lr=lr, recall=recall, seconds=seconds, images_per_second=rate))
         progress.end(f"{title}  loss {loss:.4f}  R@1 {100 * recall['1']:.1f}  {rate:.0f} images/s  {seconds:.1f} s")
-        eval.retrieval_sheet(f"{config.out}/retrieval.png", rank, z, splits.test.paths, splits.test.labels)
+        shown = [(z, split.paths, split.labels) for (z, _), split in zip(embedded, held_out)]
+        eval.retrieval_sheet(f"{config.out}/retrieval.png", rank, *itertools.chain(*shown))
         save_epoch(config, log, model, metric, optimizer)
     return log
 
@@ -263,9 +312,7 @@ def make_optimizer(model, metric, config):
 
 def open_run(config, splits, model, metric, optimizer):
     """Begin OUT/, or load the state of the run that is there. Returns its log so far."""
-    written, wanted = f"{config.out}/config.json", dict(vars(config))
-    for part, split in splits._asdict().items():
-        wanted |= {f"{part}_images": len(split), f"{part}_classes": len(split.classes)}
+    written, wanted = f"{config.out}/config.json", vars(config) | data.sizes(splits)
     if not os.path.exists(written):
         if config.resume:
             fail(f"--resume: {config.out} holds no run to go on with")
@@ -351,19 +398,24 @@ class Progress:
 
 def describe(config, splits):
     """What is about to be done: data, recipe, and what the flags changed of it."""
-    train, test = splits
-    usual = {field.name: field.default for field in dataclasses.fields(Config)} | RECIPES[config.dataset, config.loss]
+    usual = recipe_of(config.dataset, config.loss, config.mode)
     told = [name for name in usual if name not in ("dataset", "loss", "mode", *NOT_OF_THE_RESULT)]
     changed = [f"{flag(name)} {getattr(config, name)} ({usual[name]})" for name in told if getattr(config, name) != usual[name]]
     lines = {
-        "data": f"{len(train)} images of {len(train.classes)} classes to train, {len(test)} of {len(test.classes)} others to test",
+        "data": ", ".join(f"{part}: {len(s)} images of {len(s.classes)} classes" for part, s in splits._asdict().items()),
         "recipe": ", ".join(f"{name} {getattr(config, name)}" for name in told),
         "changed": ", ".join(changed) or "nothing: the recipe as it is",
         "writes": f"{config.out}, on {config.device}",
     }
+    full, here = data.FULL.get(config.dataset), data.sizes(splits)
+    if full:
+        lines["data"] += " (the full data set)" if here == full else ""
     print(f"{config.dataset} {config.loss} {config.mode}")
     for name, line in lines.items():
         print(textwrap.fill(line, 110, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11, break_on_hyphens=False))
+    if full and here != full:
+        differences = ", ".join(f"{here[name]} {name} instead of {full[name]}" for name in full if here[name] != full[name])
+        print(f"WARNING: this is not the full {config.dataset} ({differences}): its results are not comparable")
 
 
 def report(config, log):
@@ -379,14 +431,38 @@ def report(config, log):
     print(json.dumps(summary | dict(seconds=round(sum(line["seconds"] for line in log), 1))))
 
 
+def run_all(arguments):
+    """Every cell of a data set in turn, finished ones only shown, then Recall@1 of all beside the published ones."""
+    if not arguments:
+        fail(f"all: name a data set: {', '.join(data.DATASETS)}")
+    dataset, *flags = arguments
+    for unfit in {"--out", "--resume"} & {word.split("=")[0] for word in flags}:
+        fail(f"{unfit} is for one run; all writes a run a cell under runs/ and goes on by itself")
+    configs = [parse([dataset, loss, mode, *flags]) for loss in LOSSES for mode in MODES]
+    cells = {}
+    for config in configs:
+        log = run(config)
+        report(config, log)
+        cells[config.loss, config.mode] = log[-1]["recall"]["1"]
+    print(f"\n{dataset}: R@1 of the last epoch (published)".ljust(45) + "".join(f"{mode:>15}" for mode in MODES))
+    for loss in LOSSES:
+        published = [f"({share})" for share in PUBLISHED[dataset, loss]] if (dataset, loss) in PUBLISHED else [""] * len(MODES)
+        print(loss.ljust(44) + "".join(f"{100 * cells[loss, mode]:8.2f} {p:6}" for mode, p in zip(MODES, published)))
+    print(json.dumps(dict(dataset=dataset, recall_at_1={loss: {mode: cells[loss, mode] for mode in MODES} for loss in LOSSES})))
+
+
 def main(arguments=None):
-    config = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     # Pins the threads of a matrix product too, which otherwise may vary, and with them its last digits.
     torch.set_num_threads(torch.get_num_threads())
     try:
-        report(config, run(config))
+        if arguments[:1] == ["all"]:
+            run_all(arguments[1:])
+        else:
+            config = parse(arguments)
+            report(config, run(config))
     except KeyboardInterrupt:
-        print(f"\nmetrix: stopped; the same command goes on after the last full epoch in {config.out}", file=sys.stderr)
+        print("\nmetrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
         sys.exit(130)
 
 

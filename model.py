@@ -15,7 +15,6 @@ gives the same values and gradients for one elementwise pass and one saved activ
 """
 
 import os
-import urllib.error
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ NETS = {
     "tiny": dict(blocks=(1, 1, 1, 1), width=16),
 }
 BATCH_NORMS = ("train", "stats", "frozen")
+IMAGENET_URL = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
 EXPANSION = 4  # a bottleneck's output channels over its inner channels
 
 
@@ -177,13 +177,15 @@ def read_checkpoint(file):
 
 def _imagenet_file():
     """Path of torchvision's ImageNet weights for ResNet-50, downloaded with their hash checked if not yet there."""
-    url = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
-    file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(IMAGENET_URL))
     if not os.path.exists(file):
         os.makedirs(os.path.dirname(file), exist_ok=True)
+        prefix = file.rsplit("-", 1)[1].removesuffix(".pth")  # of the file's SHA-256
         try:
-            torch.hub.download_url_to_file(url, file, hash_prefix=file.rsplit("-", 1)[1].removesuffix(".pth"))
-        except (urllib.error.URLError, RuntimeError, OSError) as error:
+            torch.hub.download_url_to_file(IMAGENET_URL, file, hash_prefix=prefix)
+        except (OSError, RuntimeError) as error:  # no network, or another hash
             reason = getattr(error, "reason", error)
-            raise OSError(f"cannot download ImageNet weights ({reason}); put {url} at {file}, or use --weights none") from error
+            raise OSError(
+                f"cannot download ImageNet weights ({reason}); put {IMAGENET_URL} at {file}, or use --weights none"
+            ) from error
     return file

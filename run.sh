@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
+# ./run.sh all DATASET [--flag value ..]               the twelve cells of a data set, and a table of them
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-words=("toy folder" "contrastive multisimilarity proxyanchor" "baseline input feature embed")
+words=("cub cars sop inshop folder toy" "contrastive multisimilarity proxyanchor" "baseline input feature embed")
 names=("data set" "loss" "mode")
 
 fail() { echo "run.sh: $1" >&2; exit 2; }
 
 # Misspelt words are told at once, before anything is installed.
-if [[ ${1:-} != test ]]; then
-    position=0
+check() {
+    local position=0 word
     for word in "$@"; do
-        [[ $word == -* ]] && break
-        (( position < 3 )) || fail "unexpected word '$word' after DATASET LOSS MODE"
+        [[ $word == -* ]] && return
+        (( position < ${#words[@]} )) || fail "unexpected word '$word'"
         [[ " ${words[position]} " == *" $word "* ]] ||
-            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]}, MODE: ${words[2]}, or the word test alone"
+            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]:-every}, MODE: ${words[2]:-every}, or the words all or test first"
         position=$((position + 1))
     done
-fi
+}
+case ${1:-} in
+    test) ;;
+    all) words=("${words[0]}"); check "${@:2}" ;;
+    *) check "$@" ;;
+esac
 
 # The active Python if it has what is needed (a CUDA environment, say), else .venv here.
 needed="torch, torchvision, numpy, PIL"

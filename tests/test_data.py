@@ -30,10 +30,10 @@ def test_train_and_test_directories_win_over_halves(tmp_path, write_tree):
 def test_unusable_folders_are_named(tmp_path, write_tree):
     for name, classes, message in [
         ("none", {}, "no images in it"),
-        ("one", {"a": 3}, "0 class.* to train on"),
-        ("three", {"a": 3, "b": 3, "c": 3}, "1 class.* to train on"),
-        ("shared", {"train/a": 2, "train/b": 2, "test/b": 2, "test/c": 2}, "in both train/ and test/ .b, "),
-        ("lone", {"a": 2, "b": 2, "c": 1, "d": 1}, "no test class has 2 images"),
+        ("one", {"a": 3}, "1 class.*, at least 4 are needed"),
+        ("few", {"train/a": 3, "test/b": 3, "test/c": 3}, "1 class.* in the train split"),
+        ("shared", {"train/a": 2, "train/b": 2, "test/b": 2, "test/c": 2}, "1 classes are there to train and to test on .b, "),
+        ("lone", {"a": 2, "b": 2, "c": 1, "d": 1}, "no query has another image of its class"),
     ]:
         (tmp_path / name).mkdir()
         write_tree(tmp_path / name, classes)

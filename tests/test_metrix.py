@@ -185,7 +185,7 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("toy --device abacus", "--device abacus cannot be used"),
         ("folder --data-root /nowhere --weights none", "/nowhere: no such directory"),
         ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
-        ("folder --data-root {one} --weights none", "{one}: 0 class(es) to train on, at least 2 are needed"),
+        ("folder --data-root {one} --weights none", "{one}: 1 class(es), at least 4 are needed"),
         ("folder --data-root {tree} --weights none --batch-size 50", "--batch-size 50 is more than the 25 training images"),
         ("folder --data-root {tree} --weights {tree}/none.pt --batch-size 10", "none.pt: no such weights file"),
         ("folder --data-root {tree} --out {tree}/class0/0.png " + SMALL, "0.png"),

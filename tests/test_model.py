@@ -1,6 +1,7 @@
 """The hand-written ResNet against torchvision's, and the ways in and out of its weights."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_resnet50_equals_torchvision(reference, bn, fold, tmp_path):
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.requires_grad_(False)
 
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     features = ours.features(images)
     expected = torch.nn.Sequential(*list(theirs.children())[:-2])(images)
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
@@ -67,7 +68,7 @@ def test_evaluation_equals_torchvision(reference, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     ours = models.ResNet(bn="train").double()
     models.load_weights(ours, str(tmp_path / "weights.pth"))
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     expected = torch.nn.Sequential(*list(theirs.children())[:-2])(images)
     torch.testing.assert_close(ours.eval().features(images), expected, rtol=1e-5, atol=1e-5)
 
@@ -131,21 +132,32 @@ def test_unusable_weights_are_named(tmp_path):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_imagenet_weights_are_found_in_the_hub_folder_or_asked_for(tmp_path, monkeypatch):
+def test_imagenet_weights_are_downloaded_once_with_their_hash_checked(tmp_path, monkeypatch):
+    """From a file:// address, since tests have no network; through every line that a real download takes."""
+    theirs = torchvision.models.resnet50()
+    served = tmp_path / "resnet50.pth"
+    torch.save(theirs.state_dict(), served)
+    digest = hashlib.sha256(served.read_bytes()).hexdigest()[:8]
+    served = served.rename(tmp_path / f"resnet50-{digest}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(models, "IMAGENET_URL", served.as_uri())
+    for _ in range(2):
+        ours = models.ResNet()
+        models.load_weights(ours, "imagenet")
+        assert torch.equal(ours.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
+        served.unlink(missing_ok=True)  # the second time it comes from the hub folder
+
+    wrong = tmp_path / "resnet50-00000000.pth"
+    wrong.write_bytes(b"something else")
+    monkeypatch.setattr(models, "IMAGENET_URL", wrong.as_uri())
+    with pytest.raises(OSError, match="invalid hash value"):
+        models.load_weights(models.ResNet(), "imagenet")
+    assert not (tmp_path / "hub/checkpoints/resnet50-00000000.pth").exists()
+
+
+def test_without_a_network_the_place_for_the_weights_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with pytest.raises(OSError, match="put https.* at .*checkpoints/resnet50-0676ba61.pth") as error:
+    monkeypatch.setattr(models, "IMAGENET_URL", "http://127.0.0.1:9/resnet50-0676ba61.pth")  # nobody listens there
+    with pytest.raises(OSError, match=f"put http.* at {tmp_path}/checkpoints/resnet50-0676ba61.pth") as error:
         models.load_weights(models.ResNet(), "imagenet")
     assert "\n" not in str(error.value)
-
-    theirs = torchvision.models.resnet50()
-    torch.save(theirs.state_dict(), tmp_path / "checkpoints" / "resnet50-0676ba61.pth")
-    ours = models.ResNet()
-    models.load_weights(ours, "imagenet")
-    assert torch.equal(ours.layer4[2].conv3.weight, theirs.layer4[2].conv3.weight)
-
-
-def unreachable(*_, **__):
-    import urllib.error
-
-    raise urllib.error.URLError("no route to host")
