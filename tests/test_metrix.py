@@ -183,6 +183,9 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("toy --images-per-class 7", "--images-per-class 7 does not divide --batch-size 100; 98 would do"),
         ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
         ("toy --device abacus", "--device abacus cannot be used"),
+        ("all", "all: name a data set: cub, cars"),
+        ("all toy --out here", "--out is for one run"),
+        ("all birds", "invalid choice: 'birds'"),
         ("folder --data-root /nowhere --weights none", "/nowhere: no such directory"),
         ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
         ("folder --data-root {one} --weights none", "{one}: 1 class(es), at least 4 are needed"),
@@ -223,7 +226,7 @@ def run_sh(*arguments, cwd=None):
 
 
 def test_run_sh_knows_the_words_of_metrix():
-    for arguments in (["tests"], ["toy", "triplet"], ["toy", "contrastive", "mixup"], ["toy", "contrastive", "feature", "now"]):
+    for arguments in (["tests"], ["toy", "triplet"], ["toy", "contrastive", "mixup"], ["toy", "contrastive", "feature", "now"], ["all", "birds"]):
         result = run_sh(*arguments)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and arguments[-1] in result.stderr
     told, fields = run_sh("what").stderr, metrix.Config.__dataclass_fields__
