@@ -17,6 +17,7 @@ augmentation from the seed drawn for it with its index: the same images whatever
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,15 +99,23 @@ def load_folder(root):
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such directory; give the folder that holds your images with --data-root")
     halves = [os.path.join(root, name) for name in ("train", "test")]
-    if all(map(os.path.isdir, halves)):
+    there = [os.path.isdir(half) for half in halves]
+    if all(there):
         return Splits(*(make_split(find_images(half)) for half in halves))
+    if any(there):
+        raise ValueError(f"{root}: has only one of train/ and test/; add the other, or give a folder with neither")
     return split_in_halves(root, find_images(root))
 
 
 def find_images(root):
     """[(file, class), ..] below root, sorted; the class is the directory that holds the file, relative to root."""
-    images = []
-    for directory, _, files in os.walk(root, followlinks=True):
+    images, seen = [], set()
+    for directory, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(directory)
+        below[:] = [] if real in seen else [name for name in below if not name.startswith(".")]
+        if real in seen:
+            continue  # a link to a place that was already walked
+        seen.add(real)
         name = os.path.relpath(directory, root)
         pictures = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
         images += [(os.path.join(directory, f), name) for f in pictures]
@@ -279,12 +288,15 @@ def load_toy(root):
     tree = os.path.join(root, f"toy-v{TOY_VERSION}")
     if not os.path.isdir(tree):
         print(f"writing the toy data set to {tree}", flush=True)
-        unfinished = f"{tree}.{os.getpid()}.unfinished"
-        write_toy(unfinished)
+        os.makedirs(root, exist_ok=True)
+        unfinished = tempfile.mkdtemp(prefix=f"toy-v{TOY_VERSION}.unfinished-", dir=root)
+        write_toy(os.path.join(unfinished, "toy"))
         try:
-            os.rename(unfinished, tree)
-        except OSError:  # another process was faster; its images are the same
-            shutil.rmtree(unfinished)
+            os.rename(os.path.join(unfinished, "toy"), tree)
+        except OSError:
+            if not os.path.isdir(tree):  # else another process was faster; its images are the same
+                raise
+        shutil.rmtree(unfinished)
     return load_folder(tree)
 
 
@@ -382,9 +394,11 @@ class Images(torch.utils.data.Dataset):
 def open_image(path):
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to white
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-        reason = str(error).replace(repr(path), "the file").splitlines()[0]
+        reason = str(error).replace(repr(path), "").strip().splitlines()[0]
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
 
 
@@ -415,8 +429,7 @@ class TrainBatches:
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
-        draw = self.balanced if self.images_per_class else self.shuffled
-        for batch in draw(rng):
+        for batch in self.balanced(rng) if self.images_per_class else self.shuffled(rng):
             seeds = rng.integers(2**63, size=len(batch))
             yield list(zip(batch.tolist(), seeds.tolist()))
 
@@ -431,9 +444,10 @@ class TrainBatches:
             if len(waiting) < classes_per_batch:
                 waiting = rng.permutation(len(self.members)).tolist()
             chosen, waiting = waiting[:classes_per_batch], waiting[classes_per_batch:]
-            images = [self.members[c] for c in chosen]
-            draw = lambda found: rng.choice(found, self.images_per_class, replace=len(found) < self.images_per_class)
-            yield np.concatenate([draw(found) for found in images])
+            batch = []
+            for members in (self.members[c] for c in chosen):
+                batch.append(rng.choice(members, self.images_per_class, replace=len(members) < self.images_per_class))
+            yield np.concatenate(batch)
 
 
 def train_loader(split, batches, image_size, min_crop, num_workers):

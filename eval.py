@@ -5,8 +5,8 @@ A query is a hit at k if fewer than k items of other classes are at least as sim
     best(q) = max { s(q, g) : same class }        rank(q) = #{ g : other class, s(q, g) >= best(q) }
     recall@k = share of queries with rank < k
 
-Nothing is sorted, every k comes from one pass, and memory is the embeddings plus one tile of similarities. Ties count
-against the model, so a collapsed embedding scores 0 and the order of the gallery is irrelevant. Where the queries are
+No gallery is sorted, every k comes from one pass, and beyond a copy of the embeddings in the order of their labels only
+a tile of similarities is held. Ties count against the model, so a collapsed embedding scores 0 and the order of the gallery is irrelevant. Where the queries are
 the gallery an item does not find itself, and each tile of the symmetric matrix serves its rows and its columns.
 
 Exactness: a float32 tile decides all pairs farther from best(q) than its rounding error can reach; the few others are
@@ -16,6 +16,8 @@ Similarity is the inner product of the embeddings as given: the cosine if their 
 Shapes: Q queries, G gallery items, D embedding size.
 """
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -24,7 +26,7 @@ TILE = 1024  # rows and columns of similarities at a time; 4 MiB
 BAND = 256  # queries at a time against the gallery items of their classes
 
 
-def embed(model, loader, device):
+def embed_all(model, loader, device):
     """Embeddings (N, D) and labels (N,) of a loader's images, in its order, on the CPU."""
     model.eval()
     embeddings, labels = [], []
@@ -112,8 +114,8 @@ class _Counter:
         self.best, self.query, self.gallery = best, query, gallery
         self.rank = torch.zeros(len(query), dtype=torch.int64, device=query.device)
         self.mask = torch.empty(0, device=query.device)
-        longest = query.norm(dim=1).max().item() * gallery.norm(dim=1).max().item()
-        unit_error = (query.shape[1] + 8) * longest
+        longest = gallery.double().norm(dim=1).max()
+        unit_error = (query.shape[1] + 8) * query.double().norm(dim=1) * longest  # (Q,)
         slack = unit_error * 2.0**-24  # no float32 inner product, summed in any order, errs by more
         self.surely, self.maybe = (best + slack).float(), (best - slack).float()
         self.reach = best - 2 * unit_error * 2.0**-53  # both sides of a float64 comparison err
@@ -155,14 +157,20 @@ def _sorted_by_label(name, embeddings, labels):
         raise ValueError(
             f"{name}: expected embeddings (N, D) and N labels, got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
         )
-    if not embeddings.isfinite().all():
+    embeddings = embeddings.detach().to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
+    largest = torch.linalg.vector_norm(embeddings, torch.inf).item()
+    if not math.isfinite(largest):
         raise ValueError(f"{name}: {int((~embeddings.isfinite()).any(1).sum())} embeddings hold NaN or infinity")
-    labels, order = labels.to(embeddings.device).sort(stable=True)
+    labels, order = labels.to(embeddings.device).long().sort(stable=True)
     embeddings = embeddings[order]
-    return embeddings if embeddings.dtype == torch.float64 else embeddings.float(), labels, order
+    embeddings *= 2.0 ** -math.frexp(largest)[1]  # changes no rank, and keeps products within float32
+    return embeddings, labels, order
 
 
 # --------------------------------------------------------------------------------------------- sheet
+
+SHEET_ROWS, SHEET_NEIGHBOURS = 5, 10  # rows of each kind, neighbours in a row
+SHEET_CELL, TITLE = 80, 20  # pixels
 
 
 def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, gallery_paths=None, gallery_labels=None):
@@ -197,11 +205,7 @@ def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, 
     draw.text((4, 4), "worst queries, and their nearest neighbours", fill="black")
     if len(drawn):
         draw.text((4, TITLE + len(worst) * cell + 4), "random queries", fill="black")
-    sheet.save(file)
-
-
-SHEET_ROWS, SHEET_NEIGHBOURS = 5, 10  # rows of each kind, neighbours in a row
-SHEET_CELL, TITLE = 80, 20  # pixels
+    sheet.save(file, format="PNG")
 
 
 def _paste(sheet, path, corner, frame):

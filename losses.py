@@ -58,8 +58,7 @@ def hardest_bank(z, y, pairing, hardest=1):
 
 def serves(y, i, pairing):
     """(B, len(i)) mask: may a mixed example whose first part is i[k] be shown to anchor a?"""
-    if pairing not in PAIRINGS:
-        raise ValueError(f"pairing is {pairing!r}; choose one of {', '.join(PAIRINGS)}")
+    _check_pairing(pairing)
     itself = _indices(y)[:, None] == i
     return itself if pairing == "anchor-negative" else (y[:, None] == y[i]) & ~itself
 
@@ -106,6 +105,11 @@ def log1p_sum_exp(x, weight, mask, anchor, num_anchors):
     return largest + torch.log1p(total + torch.expm1(-largest))
 
 
+def _check_pairing(pairing):
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing is {pairing!r}; choose one of {', '.join(PAIRINGS)}")
+
+
 def _unit(z):
     """Rows at length 1, in float32 at least."""
     return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
@@ -125,7 +129,7 @@ def _full_precision(method):
                 f"expected embeddings (B, D) and B integer labels, got {tuple(z.shape)} and {tuple(y.shape)} {y.dtype}"
             )
         with torch.autocast(z.device.type, enabled=False):
-            return method(self, _unit(z), y, *args, **kwargs)
+            return method(self, _unit(z), y.long(), *args, **kwargs)
 
     return wrapped
 
@@ -148,12 +152,17 @@ class MetricLoss(nn.Module):
     @_full_precision
     def mixed(self, z, y, v, i, lam, pairing):
         """Loss of the anchors of a batch against a bank: v (M, D) embeds mix(x[i], x[j]), i: (M,), lam in [0, 1]."""
+        if len(v) != len(i):
+            raise ValueError(f"a bank of {len(v)} embeddings with {len(i)} indices")
         anchors = self.anchors(z, y)  # (A, D)
-        return self.reduce(anchors @ _unit(v).T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
+        return self.reduce(anchors @ _unit(v).to(z.dtype).T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
 
     @_full_precision
     def mixed_embed(self, z, y, lam, pairing):
-        """Equals `mixed` over the full bank of mixed embeddings lam*z[i] + (1-lam)*z[j], from Gram matrices alone."""
+        """Equals `mixed` over the full bank of lam*z[i] + (1-lam)*z[j] (z of length 1), from Gram matrices alone.
+
+        With proxies that is the anchor-negative bank under either name.
+        """
         anchors = self.anchors(z, y)  # (A, D)
         a, p = self.serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
         sim = sim_to_mixed(anchors @ z.T, z @ z.T, a, p, lam)  # (R, B)
@@ -265,6 +274,7 @@ class ProxyAnchor(MetricLoss):
         return _unit(self.proxies[y.unique()]).to(z.dtype)
 
     def serves(self, y, i, pairing):
+        _check_pairing(pairing)
         return y.unique()[:, None] == y[i]
 
     def check(self, z, y):

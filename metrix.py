@@ -84,7 +84,7 @@ class Config:
     images_per_class: int = option(0, "of a balanced batch; 0: shuffled batches", least=0)
     lr: float = option(1e-4, "Adam's learning rate; proxies learn 100 times as fast", least=0)
     lr_step: int = option(10, "epochs after which lr is multiplied by lr_gamma, again and again", least=1)
-    lr_gamma: float = option(0.1, "see lr_step", least=0)
+    lr_gamma: float = option(0.1, "see lr_step", least=0, most=1)
     warmup_epochs: int = option(5, "first epochs, in which only the embedding layer and proxies learn", least=0)
     weight_decay: float = option(1e-4, "Adam's", least=0)
     clip: float = option(10.0, "largest magnitude of a gradient's element", least=0)
@@ -95,8 +95,8 @@ class Config:
     net: str = option("resnet50", "trunk", choices=tuple(models.NETS))
     weights: str = option("imagenet", "imagenet, none, or a file")
     bn: str = option("stats", "batch norm: train; stats: statistics fixed; frozen: scale, shift too", choices=models.BATCH_NORMS)
-    embedding_size: int = option(512, "dimensions", least=1)
-    image_size: int = option(224, "pixels a side of the crop", least=32)
+    embedding_size: int = option(512, "dimensions", least=1, most=65536)
+    image_size: int = option(224, "pixels a side of the crop", least=32, most=512)
     min_crop: float = option(0.08, "least share of an image's area that a training crop keeps", least=0.01, most=1)
 
     data_root: str = option("data", "where the data set is")
@@ -160,11 +160,12 @@ def parse(arguments):
             parser.add_argument(flag(field.name), action="store_true", help=field.metadata["help"])
         else:
             parser.add_argument(flag(field.name), type=field.type, **about)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_intermixed_args(arguments))
     recipe = recipe_of(given["dataset"], given["loss"], given["mode"])
     if given.get("weights") == "none":
         recipe = recipe | FROM_SCRATCH
     config = Config(**(recipe | given))
+    config.data_root = os.path.normpath(config.data_root)
     config.out = config.out or f"runs/{config.dataset}-{config.loss}-{config.mode}-seed{config.seed}"
     check(config)
     return config
@@ -173,10 +174,9 @@ def parse(arguments):
 def check(config):
     """Fail on what can be known to be wrong before any data is read."""
     for field in dataclasses.fields(Config):
-        value, least = getattr(config, field.name), field.metadata.get("least", -math.inf)
-        most = field.metadata.get("most", math.inf)
-        if field.type in (int, float) and not (least <= value <= most and math.isfinite(value)):
-            fail(f"{flag(field.name)} is {value}; it must be at least {least}" + f" and at most {most}" * (most < math.inf))
+        value, least, most = getattr(config, field.name), field.metadata.get("least"), field.metadata.get("most", 2**31)
+        if least is not None and not least <= value <= most:
+            fail(f"{flag(field.name)} is {str(value)[:20]}; it must be at least {least} and at most {most}")
     size, per_class = config.batch_size, config.images_per_class
     if per_class and size < 2 * per_class:
         fail(f"--batch-size {size} is less than two classes of {per_class}; it must be at least {2 * per_class}")
@@ -187,7 +187,7 @@ def check(config):
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=config.device)
+        torch.ones(1, device=config.device).item()
     except (RuntimeError, AssertionError):  # what torch raises for a device it does not know or have
         fail(f"--device {config.device} cannot be used on this machine; --device cpu always can")
 
@@ -203,8 +203,8 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def clear(*errors):
-    """Errors that the user can mend become one line."""
+def told_in_one_line(*errors):
+    """Errors that the user can mend end the program like bad input."""
     try:
         yield
     except errors as error:
@@ -261,7 +261,7 @@ def train_epoch(epoch, model, metric, optimizer, batches, config):
 
 def run(config):
     """Train, evaluate after every epoch, write OUT/. Returns the log, a dict an epoch."""
-    with clear(ValueError, OSError):
+    with told_in_one_line(ValueError, OSError):
         splits = data.load(config.dataset, config.data_root)
         describe(config, splits)
         batches = data.TrainBatches(splits.train.labels, config.batch_size, config.images_per_class, config.seed)
@@ -281,25 +281,26 @@ def run(config):
     progress = Progress((config.epochs - len(log)) * (images + sum(map(len, held_out))))
     for epoch in range(len(log), config.epochs):
         title = f"epoch {epoch + 1:3d}/{config.epochs}"
-        with clear(data.UnreadableImage):
+        with told_in_one_line(OSError):  # an unreadable image, a full disk
             batches.epoch = epoch
             progress.begin(f"{title}  training")
             started = time.perf_counter()
             loss = train_epoch(epoch, model, metric, optimizer, progress.of(loader), config)
             rate = images / (time.perf_counter() - started)
-            if not math.isfinite(loss):
-                fail(f"the loss of epoch {epoch + 1} is {loss}; try a lower --lr and another --out")
             progress.begin(f"{title}  testing")
-            embedded = [eval.embed(model, progress.of(test_loader), config.device) for test_loader in test_loaders]
-        rank = eval.ranks(*itertools.chain(*embedded))
-        recall = {str(k): share for k, share in eval.recall_from_ranks(rank, RECALL_AT[config.dataset]).items()}
-        seconds = time.perf_counter() - started
-        lr = optimizer.param_groups[0]["lr"]
-        log.append(dict(epoch=epoch + 1, loss=loss, lr=lr, recall=recall, seconds=seconds, images_per_second=rate))
-        progress.end(f"{title}  loss {loss:.4f}  R@1 {100 * recall['1']:.1f}  {rate:.0f} images/s  {seconds:.1f} s")
-        shown = [(z, split.paths, split.labels) for (z, _), split in zip(embedded, held_out)]
-        eval.retrieval_sheet(f"{config.out}/retrieval.png", rank, *itertools.chain(*shown))
-        save_epoch(config, log, model, metric, optimizer)
+            embedded = [eval.embed_all(model, progress.of(test_loader), config.device) for test_loader in test_loaders]
+            if not math.isfinite(loss) or not all(z.isfinite().all() for z, _ in embedded):
+                fail(f"epoch {epoch + 1} diverged, its mean loss is {loss:.3g}; try a lower --lr and another --out")
+            rank = eval.ranks(*itertools.chain(*embedded))
+            recall = {str(k): share for k, share in eval.recall_from_ranks(rank, RECALL_AT[config.dataset]).items()}
+            seconds = time.perf_counter() - started
+            lr = optimizer.param_groups[0]["lr"]
+            log.append(dict(epoch=epoch + 1, loss=loss, lr=lr, recall=recall, seconds=seconds, images_per_second=rate))
+            progress.end(f"{title}  loss {loss:.4f}  R@1 {100 * recall['1']:.1f}  {rate:.0f} images/s  {seconds:.1f} s")
+            save_epoch(config, log, model, metric, optimizer)
+            shown = [(z, split.paths, split.labels) for (z, _), split in zip(embedded, held_out)]
+            with replacing(f"{config.out}/retrieval.png") as file:
+                eval.retrieval_sheet(file, rank, *itertools.chain(*shown))
     return log
 
 
@@ -316,11 +317,18 @@ def open_run(config, splits, model, metric, optimizer):
     if not os.path.exists(written):
         if config.resume:
             fail(f"--resume: {config.out} holds no run to go on with")
+        if os.path.exists(f"{config.out}/last.pt"):
+            fail(f"{written}: missing, though {config.out} holds the rest of a run; name another --out")
         os.makedirs(config.out, exist_ok=True)
         with replacing(written) as file, open(file, "w") as out:
             print(json.dumps(wanted, indent=2), file=out)
-    with open(written) as file:
-        there = json.load(file)
+    try:
+        with open(written) as file:
+            there = json.load(file)
+    except ValueError:
+        fail(f"{written}: not JSON; repair it, or name another --out")
+    if not isinstance(there, dict):
+        fail(f"{written}: not the settings of a run; repair it, or name another --out")
     compared = [name for name in wanted if name not in NOT_OF_THE_RESULT]
     differences = [f"{name} {there.get(name)} there, {wanted[name]} now" for name in compared if there.get(name) != wanted[name]]
     if differences:
@@ -329,11 +337,13 @@ def open_run(config, splits, model, metric, optimizer):
     if not os.path.exists(f"{config.out}/last.pt"):
         return []
     state = models.read_checkpoint(f"{config.out}/last.pt")
-    model.load_state_dict(state["model"])
-    metric.load_state_dict(state["metric"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"going on with {config.out} after epoch {state['epoch']} of {config.epochs}")
-    return state["log"]
+    try:
+        for module, name in ((model, "model"), (metric, "metric"), (optimizer, "optimizer")):
+            module.load_state_dict(state[name])
+        print(f"going on with {config.out} after epoch {len(state['log'])} of {config.epochs}")
+        return state["log"]
+    except (KeyError, TypeError, RuntimeError):  # what load_state_dict raises for a foreign one
+        fail(f"{config.out}/last.pt: not the checkpoint of such a run; name another --out")
 
 
 def save_epoch(config, log, model, metric, optimizer):

@@ -146,11 +146,15 @@ def load_weights(model, weights):
     source = _imagenet_file() if weights == "imagenet" else weights
     state = read_checkpoint(source)
     state = state.get("model", state)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise ValueError(f"{source}: not a state dict, which is tensors by name")
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     own = model.state_dict()
-    if not any(name.startswith("embedding.") for name in state):
-        state |= {name: value for name, value in own.items() if name.startswith("embedding.")}
-    for name in own.keys() | state.keys():
+    has_embedding = any(name.startswith("embedding.") for name in state)
+    for name, value in own.items():  # what a file may lack; torchvision's own has no counters
+        if name.endswith("num_batches_tracked") or name.startswith("embedding.") and not has_embedding:
+            state.setdefault(name, value)
+    for name in sorted(own.keys() | state.keys()):
         if name not in state or name not in own:
             where = "is missing from" if name not in state else "is not part of this net but is in"
             raise ValueError(f"{source}: {name} {where} the file; is it for another --net?")
@@ -165,7 +169,7 @@ def load_weights(model, weights):
 def read_checkpoint(file):
     """The dict that torch.save wrote, tensors and plain values only: no code in a file is ever run."""
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such weights file")
+        raise FileNotFoundError(f"{file}: no such file of weights")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a truncated or foreign file

@@ -4,7 +4,7 @@
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
 set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 words=("cub cars sop inshop folder toy" "contrastive multisimilarity proxyanchor" "baseline input feature embed")
 names=("data set" "loss" "mode")

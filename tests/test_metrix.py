@@ -190,7 +190,7 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
         ("folder --data-root {one} --weights none", "{one}: 1 class(es), at least 4 are needed"),
         ("folder --data-root {tree} --weights none --batch-size 50", "--batch-size 50 is more than the 25 training images"),
-        ("folder --data-root {tree} --weights {tree}/none.pt --batch-size 10", "none.pt: no such weights file"),
+        ("folder --data-root {tree} --weights {tree}/none.pt --batch-size 10", "none.pt: no such file of weights"),
         ("folder --data-root {tree} --out {tree}/class0/0.png " + SMALL, "0.png"),
         ("folder --data-root {tree} --out {empty} --resume " + SMALL, "--resume: {empty} holds no run"),
         ("folder --data-root {broken} --out {empty}/run " + SMALL, "{broken}/d/1.png: cannot be read as an image"),

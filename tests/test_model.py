@@ -123,7 +123,7 @@ def test_unusable_weights_are_named(tmp_path):
     torch.save({"conv1.weight": torch.zeros(16, 3, 7, 7)}, tmp_path / "part.pt")
     torch.save(models.ResNet(**models.NETS["tiny"], embedding_size=9).state_dict(), tmp_path / "other.pt")
     for name, message in [
-        ("none.pt", "no such weights file"),
+        ("none.pt", "no such file of weights"),
         ("sly.pt", "not a readable checkpoint"),
         ("cut.pt", "not a readable checkpoint"),
         ("list.pt", "holds a list"),
