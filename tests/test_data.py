@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 
@@ -31,6 +32,7 @@ def test_unusable_folders_are_named(tmp_path, write_tree):
     for name, classes, message in [
         ("none", {}, "no images in it"),
         ("one", {"a": 3}, "1 class.*, at least 4 are needed"),
+        ("half", {"train/a": 3, "train/b": 3, "val/a": 3, "val/b": 3}, "only one of train/ and test/"),
         ("few", {"train/a": 3, "test/b": 3, "test/c": 3}, "1 class.* in the train split"),
         ("shared", {"train/a": 2, "train/b": 2, "test/b": 2, "test/c": 2}, "1 classes are there to train and to test on .b, "),
         ("lone", {"a": 2, "b": 2, "c": 1, "d": 1}, "no query has another image of its class"),
@@ -42,6 +44,33 @@ def test_unusable_folders_are_named(tmp_path, write_tree):
         assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
     with pytest.raises(OSError, match="no such directory"):
         data.load("folder", str(tmp_path / "missing"))
+
+
+def test_hidden_directories_and_links_in_a_circle_are_passed_over(tmp_path, write_tree):
+    write_tree(tmp_path, {"a": 2, "b": 2, "c": 2, "d": 2, ".thumbnails": 2, "a/.ipynb_checkpoints": 2})
+    (tmp_path / "b" / "back").symlink_to(tmp_path)
+    train, test = data.load("folder", str(tmp_path))
+    assert train.classes == ["a", "b"] and test.classes == ["c", "d"] and len(train) == len(test) == 4
+
+
+def test_sixteen_bit_images_keep_their_shades(tmp_path):
+    shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    seen = np.asarray(data.open_image(str(tmp_path / "deep.png")))
+    np.testing.assert_allclose(seen[..., 0], shades / 257, atol=1)
+
+
+def test_training_images_are_cropped_and_flipped(tmp_path):
+    """A picture dark on the left: with whole crops, some come out dark on the right, and the rest as they were."""
+    shade = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+    Image.fromarray(shade).save(tmp_path / "shade.png")
+    split = data.make_split([(str(tmp_path / "shade.png"), n // 8) for n in range(16)])
+    (batch,) = [images for images, _ in data.train_loader(split, data.TrainBatches(split.labels, 16, 0, 0), 32, 0.999, 0)]
+    flipped = [bool((image[0, :, 0] > image[0, :, -1]).all()) for image in batch]
+    assert 2 < sum(flipped) < 14
+    (small,) = [images for images, _ in data.train_loader(split, data.TrainBatches(split.labels, 16, 0, 0), 32, 0.1, 0)]
+    contrast = (small[:, 0].amax((1, 2)) - small[:, 0].amin((1, 2))) / (batch[:, 0].amax((1, 2)) - batch[:, 0].amin((1, 2)))
+    assert contrast.min() < 0.7  # a crop shows a part of the shades only
 
 
 def test_the_toy_set_is_written_once_and_always_the_same(tmp_path, monkeypatch):

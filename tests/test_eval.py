@@ -32,6 +32,8 @@ def cases():
     random = torch.randn(90, 16, generator=generator)
     yield "random", random, labels
     yield "float64", random.double(), labels
+    yield "huge", 1e30 * random, labels
+    yield "minute", 1e-30 * random.double(), labels
     yield "unit", torch.nn.functional.normalize(random, dim=1), labels
     yield "grid", torch.randint(-1, 2, (90, 4), generator=generator).float(), labels  # many exact ties
     yield "duplicated", random[torch.randint(0, 30, (90,), generator=generator)], labels
@@ -93,9 +95,11 @@ def test_lone_queries_are_left_out():
     assert eval.recall_at_k(z, y, ks=(2, 3)) == {2: 0.0, 3: 1.0}
 
 
-def test_arrays_serve_as_well_as_tensors():
+def test_arrays_and_tensors_of_any_kind_will_do():
     z, y = torch.randn(30, 5), torch.arange(30) // 3
-    assert eval.recall_at_k(z.numpy(), y.numpy(), ks=KS) == eval.recall_at_k(z, y, ks=KS)
+    expected = eval.recall_at_k(z, y, ks=KS)
+    assert eval.recall_at_k(z.numpy(), y.numpy().astype(np.uint16), ks=KS) == expected
+    assert eval.recall_at_k(z.clone().requires_grad_(), y.to(torch.uint8), ks=KS) == expected
 
 
 def test_unusable_embeddings_are_named():

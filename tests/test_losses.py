@@ -29,8 +29,15 @@ def z(y):
     return embeddings(len(y))
 
 
+def clusters(y, seed=0):
+    """Embeddings around a centre for each class, near enough to each other that the miner drops pairs of both kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(1 + int(y.max()), D, generator=generator, dtype=torch.float64)
+    return (centres[y] + 0.6 * torch.randn(len(y), D, generator=generator, dtype=torch.float64)).requires_grad_()
+
+
 def embeddings(count, seed=0):
-    """Unnormalised, and with a common part, so that hinges fire and the miner keeps some pairs and drops others."""
+    """Unnormalised, and with a common part, so that hinges fire."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, D, generator=generator, dtype=torch.float64) + 3 * torch.linspace(-1, 1, D).double()
     return rows.requires_grad_()
@@ -139,7 +146,8 @@ def gradient(value, inputs):
 @pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
 def test_clean_loss_equals_the_loop(name, z, y):
     metric = make(name)
-    assert_equal(metric(z, y), loop_clean(name, metric, z, y), z, *metric.parameters())
+    for z in (z, clusters(y)):
+        assert_equal(metric(z, y), loop_clean(name, metric, z, y), z, *metric.parameters())
 
 
 @pytest.mark.parametrize("name, pairing", CELLS)
@@ -190,13 +198,15 @@ def test_hardest_bank_equals_the_loop(pairing, hardest, z, y):
 
 def test_the_hinges_and_the_miner_are_exercised():
     """The labels and embeddings above would prove little if every term were kept, or none."""
-    y, z = torch.tensor(LABELS["unbalanced"]), embeddings(11)
-    s = torch.nn.functional.normalize(z, dim=1)
-    s = s @ s.T
-    negative = y[:, None] != y
+    y = torch.tensor(LABELS["unbalanced"])
+    itself = torch.eye(11, dtype=torch.bool)
+    negative, positive = y[:, None] != y, (y[:, None] == y) & ~itself
+    s = torch.tensor([[sim(a, b).item() for b in embeddings(11)] for a in embeddings(11)])
     assert 0 < (losses.distance(s)[negative] < 0.5).sum() < negative.sum()
-    positives, negatives = losses.MultiSimilarity(ms_epsilon=0.1).mine(s, y)
-    assert 0 < positives.sum() and 0 < negatives.sum() < negative.sum()
+    s = torch.tensor([[sim(a, b).item() for b in clusters(y)] for a in clusters(y)])
+    kept_positive, kept_negative = losses.MultiSimilarity().mine(s, y)
+    paired = positive.any(1, keepdim=True)  # rows without a positive keep nothing anyway
+    assert 0 < kept_positive.sum() < positive.sum() and 0 < kept_negative.sum() < (negative & paired).sum()
 
 
 @pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
@@ -240,12 +250,22 @@ def test_losses_ignore_autocast_and_low_precision(name):
     assert value.dtype == torch.float32 and value == expected
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_are_the_same(kind, z, y):
+    for name, pairing in CELLS:
+        metric = make(name)
+        for loss in (lambda y: metric(z, y), lambda y: metric.mixed_embed(z, y, LAM, pairing)):
+            assert torch.equal(loss(y), loss(y.to(kind)))
+
+
 def test_wrong_arguments_are_named():
     z, y = embeddings(4), torch.tensor([0, 0, 1, 1])
     for call, message in [
         (lambda: losses.Contrastive()(z, y[:3]), "expected embeddings"),
         (lambda: losses.Contrastive()(z, y.double()), "integer labels"),
         (lambda: losses.full_bank(y, "positive"), "choose one of positive-negative, anchor-negative"),
+        (lambda: make("proxyanchor").mixed_embed(z, y, LAM, "both"), "choose one of"),
+        (lambda: losses.Contrastive().mixed(z, y, z[:1], y[:2], LAM, "anchor-negative"), "1 embeddings with 2 indices"),
         (lambda: make("proxyanchor")(z, y + 4), "labels must lie in 0 .. 4"),
         (lambda: make("proxyanchor")(z[:, :3], y), "columns"),
     ]:

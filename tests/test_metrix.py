@@ -40,6 +40,7 @@ def make(loss, mode, bn="train"):
 def test_every_cell_trains_on_every_kind_of_batch(loss, mode, labels):
     config, net, metric = make(loss, mode)
     y, images = torch.tensor(labels), torch.randn(8, 3, 40, 40)
+    config.weight_decay = 0.0  # which alone would move every parameter
     optimizer = metrix.make_optimizer(net, metric, config)
     before = {name: p.detach().clone() for module in (net, metric) for name, p in module.named_parameters()}
     for pairing in metric.pairings * 2:
@@ -82,6 +83,29 @@ def test_the_mixed_loss_is_weighted_and_added():
         assert values[1] > values[0] and values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("loss", metrix.LOSSES)
+@pytest.mark.parametrize("mode", ["input", "feature", "embed"])
+def test_the_step_equals_its_formula_in_value_and_gradient(loss, mode):
+    """Written out: every mixed image, map or embedding of the bank is built, and nothing is fused."""
+    config, net, metric = make(loss, mode, bn="stats")
+    net, metric = net.double(), metric.double()
+    y, images = torch.tensor(BATCHES["balanced"]), torch.randn(8, 3, 40, 40, dtype=torch.float64)
+    parameters = [*net.parameters(), *metric.parameters()]
+    for pairing in metric.pairings:
+        value = metrix.step(net, metric, images, y, config, 0.3, pairing)
+        features = net.features(images)
+        z = net.head(features)
+        i, j = losses.hardest_bank(z, y, pairing) if mode == "input" else losses.full_bank(y, pairing)
+        x = {"input": images, "feature": features, "embed": z}[mode]
+        x = 0.3 * x[i] + 0.7 * x[j]
+        v = {"input": net, "feature": net.head, "embed": torch.nn.Identity()}[mode](x)
+        expected = metric(z, y) + 0.4 * metric.mixed(z, y, v, i, 0.3, pairing)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+        gradients = [torch.autograd.grad(out, parameters) for out in (value, expected)]
+        for one, other in zip(*gradients):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
 def test_mixing_with_lam_one_shows_the_first_of_each_pair():
     """Then the mixed example is the first itself, in whichever mode, and the modes agree."""
     y, images = torch.tensor(BATCHES["balanced"]), torch.randn(8, 3, 40, 40)
@@ -90,6 +114,36 @@ def test_mixing_with_lam_one_shows_the_first_of_each_pair():
         config, net, metric = make("contrastive", mode, bn="stats")
         values.append(metrix.step(net.double(), metric, images.double(), y, config, 1.0, "positive-negative"))
     torch.testing.assert_close(values[0], values[1])
+
+
+def test_an_epoch_draws_lam_and_pairing_and_keeps_the_schedule(monkeypatch):
+    config, net, metric = make("proxyanchor", "feature")
+    metric.pairings = losses.PAIRINGS
+    config.lr_step, config.lr_gamma, config.lr, config.clip, config.weight_decay = 2, 0.1, 1e-3, 1e-4, 0.0
+    optimizer = metrix.make_optimizer(net, metric, config)
+    assert [group["base_lr"] for group in optimizer.param_groups] == [1e-3, 0.1]
+    drawn, gradients = [], []
+
+    def step(model, metric, images, y, config, lam, pairing):
+        drawn.append((lam, pairing))
+        return sum(p.sum() for p in [*model.parameters(), *metric.parameters()])  # every gradient is 1
+
+    optimizer.step = lambda: gradients.append(max(p.grad.abs().max().item() for p in net.parameters()))
+    monkeypatch.setattr(metrix, "step", step)
+    batches = [(torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))] * 40
+    for epoch in range(3):
+        metrix.train_epoch(epoch, net, metric, optimizer, batches, config)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 * 0.1 ** (epoch // 2), 0.1 * 0.1 ** (epoch // 2)])
+    assert max(gradients) == pytest.approx(1e-4)
+    lams = torch.tensor([lam for lam, _ in drawn])
+    assert len(lams.unique()) == 120 and abs(lams.mean() - 0.5) < 0.07  # Beta(2, 2): mean 1/2, variance 1/20
+    assert 0.03 < lams.var() < 0.07
+    assert 35 < sum(pairing == "positive-negative" for _, pairing in drawn) < 85
+
+
+def test_the_best_epoch_is_the_first_of_the_highest():
+    log = [dict(epoch=n, recall={"1": share}) for n, share in enumerate((0.2, 0.5, 0.4, 0.5), 1)]
+    assert metrix.best_of(log)["epoch"] == 2
 
 
 # ----------------------------------------------------------------------------------------------- run
@@ -173,12 +227,14 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("toy triplet", "invalid choice: 'triplet'"),
         ("toy contrastive mixup", "invalid choice: 'mixup'"),
         ("toy --epochs many", "--epochs: invalid int value: 'many'"),
-        ("toy --epochs 0", "--epochs is 0; it must be at least 1"),
+        ("toy --epochs 0", "--epochs is 0; it must be at least 1 and"),
         ("toy --lr nan", "--lr is nan"),
+        ("toy --epochs " + "9" * 400, "--epochs is 99999999999999999999; it must"),
+        ("toy --image-size 544", "--image-size is 544; it must be at least 32 and at most 512"),
         ("toy --min-crop 2", "--min-crop is 2.0; it must be at least 0.01 and at most 1"),
         ("toy --bn on", "--bn: invalid choice: 'on'"),
         ("toy --epoch 3", "unrecognized arguments: --epoch 3"),
-        ("toy --batch-size 1", "--batch-size is 1; it must be at least 2"),
+        ("toy --batch-size 1", "--batch-size is 1; it must be at least 2 and"),
         ("toy --batch-size 5", "--batch-size 5 is less than two classes of 5; it must be at least 10"),
         ("toy --images-per-class 7", "--images-per-class 7 does not divide --batch-size 100; 98 would do"),
         ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
@@ -207,6 +263,32 @@ def test_bad_input_is_told_in_one_line(arguments, message, tree, tmp_path, write
     told = capsys.readouterr().err
     assert end.value.code == 2
     assert told.startswith("metrix: ") and told.count("\n") == 1 and message.format(**places) in told
+
+
+def test_a_diverging_run_is_told_in_one_line_and_keeps_its_last_epoch(tree, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        metrix.main(command(tree, tmp_path / "run", more="--epochs 2 --lr 1e9"))
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1 and "diverged" in told
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda out: (out / "config.json").unlink(), "config.json: missing"),
+        (lambda out: (out / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda out: (out / "config.json").write_text("[]"), "config.json: not the settings of a run"),
+        (lambda out: (out / "last.pt").write_bytes(b"PK"), "last.pt: not a readable checkpoint"),
+        (lambda out: torch.save({"model": {}}, out / "last.pt"), "last.pt: not the checkpoint of such a run"),
+    ],
+)
+def test_a_spoilt_run_is_not_gone_on_with(spoil, message, tree, tmp_path, capsys):
+    metrix.main(command(tree, tmp_path / "run", more="--epochs 1"))
+    spoil(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        metrix.main(command(tree, tmp_path / "run", more="--epochs 1"))
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1 and message in told
 
 
 def test_another_configuration_does_not_overwrite_a_run(tree, tmp_path, capsys):

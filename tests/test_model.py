@@ -111,6 +111,17 @@ def test_weights_come_back_from_a_checkpoint(tmp_path):
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+def test_weights_without_batch_counters_load_as_torchvision_publishes_them(reference, tmp_path):
+    """267 entries in torchvision's file, against 320 in a state dict of today."""
+    published = {name: value for name, value in reference.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert len(published) == 267
+    torch.save(published, tmp_path / "weights.pth")
+    ours = models.ResNet().double()
+    models.load_weights(ours, str(tmp_path / "weights.pth"))
+    for name, value in published.items():
+        assert name.startswith("fc.") or torch.equal(ours.state_dict()[name], value), name
+
+
 def test_unusable_weights_are_named(tmp_path):
     class Sly:
         def __reduce__(self):
@@ -120,6 +131,7 @@ def test_unusable_weights_are_named(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "good.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:5000])
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": {"conv1.weight": None}}, tmp_path / "hollow.pt")
     torch.save({"conv1.weight": torch.zeros(16, 3, 7, 7)}, tmp_path / "part.pt")
     torch.save(models.ResNet(**models.NETS["tiny"], embedding_size=9).state_dict(), tmp_path / "other.pt")
     for name, message in [
@@ -127,6 +139,7 @@ def test_unusable_weights_are_named(tmp_path):
         ("sly.pt", "not a readable checkpoint"),
         ("cut.pt", "not a readable checkpoint"),
         ("list.pt", "holds a list"),
+        ("hollow.pt", "not a state dict"),
         ("part.pt", "is missing from the file"),
         ("other.pt", "embedding.* has shape"),
     ]:
