@@ -114,8 +114,7 @@ class _Counter:
         self.best, self.query, self.gallery = best, query, gallery
         self.rank = torch.zeros(len(query), dtype=torch.int64, device=query.device)
         self.mask = torch.empty(0, device=query.device)
-        longest = gallery.double().norm(dim=1).max()
-        unit_error = (query.shape[1] + 8) * query.double().norm(dim=1) * longest  # (Q,)
+        unit_error = (query.shape[1] + 8) * query.norm(dim=1).double() * gallery.norm(dim=1).max()  # (Q,)
         slack = unit_error * 2.0**-24  # no float32 inner product, summed in any order, errs by more
         self.surely, self.maybe = (best + slack).float(), (best - slack).float()
         self.reach = best - 2 * unit_error * 2.0**-53  # both sides of a float64 comparison err
