@@ -73,10 +73,16 @@ def load(dataset, root):
     for part, split in zip(splits._fields, splits):
         if len(split.classes) < 2:
             raise ValueError(f"{root}: {len(split.classes)} class(es) in the {part} split, at least 2 are needed")
-    found = np.bincount(gallery.labels, minlength=len(query.classes)) - (query is gallery)
-    if not (found[query.labels] > 0).any():
+    if lone_queries(splits) == len(query):
         raise ValueError(f"{root}: no query has another image of its class to find")
     return splits
+
+
+def lone_queries(splits):
+    """How many queries have no (other) image of their class to find."""
+    query, gallery = splits[1], splits[-1]
+    images_of_class = np.bincount(gallery.labels, minlength=len(query.classes))
+    return int((images_of_class[query.labels] <= (query is gallery)).sum())
 
 
 def sizes(splits):

@@ -313,7 +313,7 @@ def make_optimizer(model, metric, config):
 
 def open_run(config, splits, model, metric, optimizer):
     """Begin OUT/, or load the state of the run that is there. Returns its log so far."""
-    written, wanted = f"{config.out}/config.json", vars(config) | data.sizes(splits)
+    written, wanted = f"{config.out}/config.json", vars(config) | data.sizes(splits) | dict(lone_queries=data.lone_queries(splits))
     if not os.path.exists(written):
         if config.resume:
             fail(f"--resume: {config.out} holds no run to go on with")
@@ -417,6 +417,8 @@ def describe(config, splits):
         "changed": ", ".join(changed) or "nothing: the recipe as it is",
         "writes": f"{config.out}, on {config.device}",
     }
+    if lone := data.lone_queries(splits):
+        lines["data"] += f"; {lone} queries have no other image of their class and are left out"
     full, here = data.FULL.get(config.dataset), data.sizes(splits)
     if full:
         lines["data"] += " (the full data set)" if here == full else ""

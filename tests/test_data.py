@@ -22,6 +22,13 @@ def test_a_flat_folder_is_split_by_class(tmp_path, write_tree):
     assert [pathlib.Path(p).relative_to(tmp_path).as_posix() for p in train.paths[:3]] == ["a/0.png", "a/1.png", "b/0.png"]
 
 
+def test_queries_without_a_partner_are_counted(tmp_path, write_tree):
+    write_tree(tmp_path, {"train/a": 2, "train/b": 2, "test/c": 1, "test/d": 3, "test/e": 1})
+    assert data.lone_queries(data.load("folder", str(tmp_path))) == 2
+    query, gallery = data.make_split([("1", 1), ("2", 2)], [1, 2]), data.make_split([("3", 2)], [1, 2])
+    assert data.lone_queries(data.RetrievalSplits(None, query, gallery)) == 1
+
+
 def test_train_and_test_directories_win_over_halves(tmp_path, write_tree):
     write_tree(tmp_path, {"train/a": 2, "train/b": 2, "train/c": 2, "test/d": 2, "test/e": 2})
     train, test = data.load("folder", str(tmp_path))
