@@ -85,6 +85,13 @@ def lone_queries(splits):
     return int((images_of_class[query.labels] <= (query is gallery)).sum())
 
 
+def check_images(splits):
+    """Raise FileNotFoundError, naming it, if a listed image is not there."""
+    for path in (path for split in splits for path in split.paths):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such file, though it is listed; unpack the images there")
+
+
 def sizes(splits):
     """{"train_images": .., "train_classes": .., ..}"""
     counts = {f"{part}_images": len(split) for part, split in splits._asdict().items()}
@@ -163,14 +170,15 @@ def load_cub(root):
     images, names, labels = (os.path.join(base, name) for name in ("images", "images.txt", "image_class_labels.txt"))
     if not os.path.exists(names) and not os.path.exists(labels):
         return split_in_halves(images, find_images(images))
-    name_of = {number: name for _, (number, name) in read_rows(names, "image_id image_name")}
-    rows = read_rows(labels, "image_id class_id")
-    found = []
-    for place, (number, label) in rows:
-        if number not in name_of:
-            raise ValueError(f"{place}: image {number} is not in {names}")
-        found.append((inside(images, name_of[number], names), as_int(label, place)))
-    return split_by_class(found, last_train_class=100)
+    name_of, label_of = {}, {}
+    for file, columns, column_of in ((names, "image_id image_name", name_of), (labels, "image_id class_id", label_of)):
+        for place, (number, value) in read_rows(file, columns):
+            if number in column_of:
+                raise ValueError(f"{place}: image {number} is listed twice")
+            column_of[number] = as_int(value, place) if file == labels else inside(images, value, place)
+    if odd := sorted(name_of.keys() ^ label_of.keys()):
+        raise ValueError(f"{labels}: image {odd[0]} is only in one of this list and {names}")
+    return split_by_class([(name_of[number], label) for number, label in label_of.items()], 100, labels)
 
 
 def load_cars(root):
@@ -181,11 +189,11 @@ def load_cars(root):
         lists = {"cars_train_annos.mat": "cars_train", "cars_test_annos_withlabels.mat": "cars_test"}
     found = []
     for name, directory in lists.items():
-        file = os.path.join(base, name)
-        if not os.path.exists(file):
-            file = os.path.join(base, "devkit", name)
+        file, alternative = os.path.join(base, name), os.path.join(base, "devkit", name)
+        if os.path.exists(alternative) and not os.path.exists(file):
+            file = alternative
         found += [(inside(os.path.join(base, directory), path, file), label) for path, label in read_mat(file)]
-    return split_by_class(found, last_train_class=98)
+    return split_by_class(found, 98, base)
 
 
 def load_sop(root):
@@ -199,11 +207,16 @@ def load_sop(root):
 
 def load_inshop(root):
     """DeepFashion In-Shop: the list at the top or in Eval/, images in Img/img/ or img/; the partition is in the list."""
-    base = find(root, ("InShop_Clothes", "Inshop_Clothes", "."), PARTITIONS, "In-Shop Clothes Retrieval (DeepFashion)")
+    directories = ("InShop_Clothes", "Inshop_Clothes", "In-shop Clothes Retrieval Benchmark", ".")
+    base = find(root, directories, PARTITIONS, "In-Shop Clothes Retrieval (DeepFashion)")
     file = next(path for path in (os.path.join(base, name) for name in PARTITIONS) if os.path.exists(path))
     images = os.path.join(base, "Img") if os.path.isdir(os.path.join(base, "Img", "img")) else base
     parts = {"train": [], "query": [], "gallery": []}
-    for place, (name, item, part) in read_rows(file, "image_name item_id evaluation_status", skip=2):
+    rows = read_rows(file, "image_name item_id evaluation_status", skip=2)
+    with open(file, encoding="utf-8-sig") as lines:
+        if (count := lines.readline().strip()) != str(len(rows)):
+            raise ValueError(f"{file}: line 1 announces {count} images, {len(rows)} follow; is the file whole?")
+    for place, (name, item, part) in rows:
         if part not in parts:
             raise ValueError(f"{place}: evaluation_status is {part!r}, expected train, query or gallery")
         parts[part].append((inside(images, name, place), item))
@@ -226,12 +239,17 @@ def find(root, directories, evidence, what):
 
 
 def read_rows(file, columns, skip=0):
-    """[("FILE, line N", fields), ..] of a list with these columns, separated by any blanks, after `skip` header lines."""
+    """[("FILE, line N", fields), ..] of a list with these columns, separated by any blanks.
+
+    Of `skip` header lines the last names the columns.
+    """
     rows, width = [], len(columns.split())
     try:
-        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 fields = line.split()
+                if number == skip and fields != columns.split():
+                    raise ValueError(f"{file}, line {number}: expected the header {columns}, got {line.strip()[:80]!r}")
                 if number > skip and fields:
                     if len(fields) != width:
                         raise ValueError(f"{file}, line {number}: expected {columns}, got {line.strip()[:80]!r}")
@@ -260,10 +278,20 @@ def read_mat(file):
     for wanted in (path, "class"):
         if wanted not in fields:
             raise ValueError(f"{file}: has no {wanted!r}, only {', '.join(fields)}; use the list with labels")
-    return [(str(name), int(label)) for name, label in zip(*(np.atleast_1d(annotations[name]) for name in (path, "class")))]
+    images = []
+    for number, row in enumerate(np.atleast_1d(annotations), 1):
+        name, label = row[path], row["class"]
+        if not isinstance(name, str) or not name or not np.isscalar(label) or isinstance(label, str) or label != label // 1:
+            raise ValueError(f"{file}, image {number}: expected a file name and a class number, got {str(name)!r}, {label!r}")
+        images.append((name, int(label)))
+    return images
 
 
-def split_by_class(images, last_train_class):
+def split_by_class(images, last_train_class, source):
+    """Classes 1 .. last_train_class train, as many again test."""
+    for path, label in images:
+        if not 1 <= label <= 2 * last_train_class:
+            raise ValueError(f"{source}: {path} is of class {label}, beyond 1 .. {2 * last_train_class}")
     train, test = ([image for image in images if (image[1] <= last_train_class) == part] for part in (True, False))
     return Splits(make_split(train), make_split(test))
 

@@ -263,6 +263,7 @@ def run(config):
     """Train, evaluate after every epoch, write OUT/. Returns the log, a dict an epoch."""
     with told_in_one_line(ValueError, OSError):
         splits = data.load(config.dataset, config.data_root)
+        data.check_images(splits)
         describe(config, splits)
         batches = data.TrainBatches(splits.train.labels, config.batch_size, config.images_per_class, config.seed)
         torch.manual_seed(config.seed)
@@ -314,17 +315,18 @@ def make_optimizer(model, metric, config):
 def open_run(config, splits, model, metric, optimizer):
     """Begin OUT/, or load the state of the run that is there. Returns its log so far."""
     written, wanted = f"{config.out}/config.json", vars(config) | data.sizes(splits) | dict(lone_queries=data.lone_queries(splits))
-    if not os.path.exists(written):
+    if not os.path.exists(f"{config.out}/last.pt"):  # nothing yet, or nothing that one could go on with
         if config.resume:
             fail(f"--resume: {config.out} holds no run to go on with")
-        if os.path.exists(f"{config.out}/last.pt"):
-            fail(f"{written}: missing, though {config.out} holds the rest of a run; name another --out")
         os.makedirs(config.out, exist_ok=True)
         with replacing(written) as file, open(file, "w") as out:
             print(json.dumps(wanted, indent=2), file=out)
+        return []
     try:
         with open(written) as file:
             there = json.load(file)
+    except FileNotFoundError:
+        fail(f"{written}: missing, though {config.out} holds the rest of a run; name another --out")
     except ValueError:
         fail(f"{written}: not JSON; repair it, or name another --out")
     if not isinstance(there, dict):
@@ -332,10 +334,7 @@ def open_run(config, splits, model, metric, optimizer):
     compared = [name for name in wanted if name not in NOT_OF_THE_RESULT]
     differences = [f"{name} {there.get(name)} there, {wanted[name]} now" for name in compared if there.get(name) != wanted[name]]
     if differences:
-        fail(f"{config.out} holds another run ({'; '.join(differences)}); name another --out")
-
-    if not os.path.exists(f"{config.out}/last.pt"):
-        return []
+        fail(f"{config.out} holds another run ({'; '.join(differences)}); delete it, or use another --out or --seed")
     state = models.read_checkpoint(f"{config.out}/last.pt")
     try:
         for module, name in ((model, "model"), (metric, "metric"), (optimizer, "optimizer")):
@@ -445,7 +444,7 @@ def report(config, log):
 
 def run_all(arguments):
     """Every cell of a data set in turn, finished ones only shown, then Recall@1 of all beside the published ones."""
-    if not arguments:
+    if not arguments or arguments[0].startswith("-"):
         fail(f"all: name a data set: {', '.join(data.DATASETS)}")
     dataset, *flags = arguments
     for unfit in {"--out", "--resume"} & {word.split("=")[0] for word in flags}:
@@ -460,6 +459,8 @@ def run_all(arguments):
     for loss in LOSSES:
         published = [f"({share})" for share in PUBLISHED[dataset, loss]] if (dataset, loss) in PUBLISHED else [""] * len(MODES)
         print(loss.ljust(44) + "".join(f"{100 * cells[loss, mode]:8.2f} {p:6}" for mode, p in zip(MODES, published)))
+    if (dataset, "contrastive") in PUBLISHED:
+        print("(published: the paper's, on the full data set with the recipe as it is)\n")
     print(json.dumps(dict(dataset=dataset, recall_at_1={loss: {mode: cells[loss, mode] for mode in MODES} for loss in LOSSES})))
 
 

@@ -30,7 +30,7 @@ esac
 
 # The active Python if it has what is needed (a CUDA environment, say), else .venv here.
 needed="torch, torchvision, numpy, PIL"
-[[ ${1:-} == test ]] && needed+=", pytest"
+[[ ${1:-} == test ]] && needed+=", pytest, scipy"
 ready() { "$1" -c "import $needed" 2>/dev/null; }
 python=python3
 if ! ready "$python"; then

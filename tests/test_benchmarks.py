@@ -167,14 +167,20 @@ def spoil(file, old, new):
     file.write_text(file.read_text().replace(old, new, 1))
 
 
+def one_annotation(base, row):
+    save_annotations(base / "cars_annos.mat", [row], ["relative_im_path", "class"])
+
+
 @pytest.mark.parametrize(
     "dataset, layout, damage, message",
     [
         ("cub", {}, lambda b: (b / "images").rename(b / "pictures"), "no CUB_200_2011/images in it; unpack CUB"),
         ("cub", {}, lambda b: (b / "image_class_labels.txt").unlink(), "image_class_labels.txt: no such file"),
-        ("cub", {}, lambda b: spoil(b / "images.txt", "3 001", "33 001"), "image_class_labels.txt, line 3: image 3 is not in"),
+        ("cub", {}, lambda b: spoil(b / "images.txt", "3 001", "33 001"), "image_class_labels.txt: image 3 is only in one of this list and"),
         ("cub", {}, lambda b: spoil(b / "images.txt", "2 001", "2"), "images.txt, line 2: expected image_id image_name"),
         ("cub", {}, lambda b: spoil(b / "images.txt", "001.", "../001."), "leads out of"),
+        ("cub", {}, lambda b: spoil(b / "images.txt", "\n3 ", "\n2 "), "images.txt, line 3: image 2 is listed twice"),
+        ("cub", {}, lambda b: spoil(b / "image_class_labels.txt", "\n24 200", "\n24 201"), "of class 201, beyond 1 .. 200"),
         ("cub", {}, lambda b: (b / "images.txt").write_text(""), "images.txt: lists no images"),
         ("cars", {}, lambda b: (b / "cars_annos.mat").unlink(), "cars_annos.mat: no such file"),
         ("cars", {}, lambda b: (b / "cars_annos.mat").write_bytes(b"MATLAB"), "cars_annos.mat: not a list of Cars196"),
@@ -185,6 +191,12 @@ def spoil(file, old, new):
             lambda b: (b / "cars_test_annos.mat").rename(b / "cars_test_annos_withlabels.mat"),
             "has no 'class', only bbox_x1.*use the list with labels",
         ),
+        ("cars", {}, lambda b: one_annotation(b, ("car_ims/1.jpg", "Audi")), "image 1: expected a file name and a class number"),
+        ("cars", {}, lambda b: one_annotation(b, ("car_ims/1.jpg", [1, 2])), "image 1: expected a file name and a class number"),
+        ("cars", {}, lambda b: one_annotation(b, ("", 3)), "image 1: expected a file name and a class number"),
+        ("cars", {}, lambda b: one_annotation(b, ("car_ims/1.jpg", 3.5)), "image 1: expected a file name and a class number"),
+        ("sop", {}, lambda b: spoil(b / "Ebay_train.txt", "image_id", "1"), "Ebay_train.txt, line 1: expected the header image_id"),
+        ("inshop", {}, lambda b: spoil(b / "list_eval_partition.txt", "32", "33"), "line 1 announces 33 images, 32 follow"),
         ("sop", {}, lambda b: (b / "Ebay_test.txt").unlink(), "Ebay_test.txt: no such file"),
         ("sop", {}, lambda b: spoil(b / "Ebay_train.txt", "2 1 1 ", "2 1 "), "Ebay_train.txt, line 3: expected image_id"),
         ("sop", {}, lambda b: spoil(b / "Ebay_train.txt", "2 1 1 ", "2 one 1 "), "line 3: 'one' is not a class number"),
@@ -214,7 +226,8 @@ def test_a_listed_image_that_is_missing_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         metrix.main(f"sop contrastive feature --data-root {tmp_path}/data --out {tmp_path}/run {SMALL}".split())
     told = capsys.readouterr().err
-    assert end.value.code == 2 and told.startswith(f"metrix: {missing}: ") and told.count("\n") == 1
+    assert end.value.code == 2 and told.startswith(f"metrix: {missing}: no such file") and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_lists_load_within_two_seconds(tmp_path):
