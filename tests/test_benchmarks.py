@@ -1,5 +1,6 @@
 """CUB, Cars196, SOP and In-Shop from miniature trees in the formats that people have on disk, and their 48 cells."""
 
+import hashlib
 import itertools
 import json
 import time
@@ -7,11 +8,14 @@ import time
 import numpy as np
 import pytest
 import scipy.io
+import torch
+import torchvision
 from PIL import Image
 
 import data
 import eval
 import metrix
+import model as models
 
 SMALL = "--net tiny --weights none --image-size 32 --embedding-size 8 --batch-size 8 --images-per-class 2 --num-workers 0 --epochs 1"
 
@@ -292,3 +296,20 @@ def test_the_recipes_are_those_of_the_paper():
         assert config.lr == lr and config.weights == "imagenet"
         assert (config.epochs, config.batch_size, config.embedding_size, config.weight_decay) == (60, 100, 512, 1e-4)
         assert config.min_crop == 0.08 and config.image_size == 224 and config.clip == 10
+
+
+def test_a_run_starts_from_downloaded_imagenet_weights(tmp_path, monkeypatch, capsys):
+    """The default of the benchmarks, through the command line; the download comes from a file:// address."""
+    torch.manual_seed(1)
+    state = {k: v for k, v in torchvision.models.resnet50().state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()[:8]
+    served = (tmp_path / "weights.pth").rename(tmp_path / f"resnet50-{digest}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(models, "IMAGENET_URL", served.as_uri())
+    write_cub(tmp_path / "data")
+    small = "--image-size 32 --batch-size 8 --num-workers 0 --epochs 1 --warmup-epochs 1"
+    metrix.main(f"cub contrastive feature --data-root {tmp_path}/data --out {tmp_path}/run {small}".split())
+    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    for name, value in state.items():  # warm-up leaves the trunk, and "stats" its statistics, as they came
+        assert name.startswith("fc.") or torch.equal(trained[name], value), name
