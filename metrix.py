@@ -401,8 +401,8 @@ class Progress:
         print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)
 
     def left(self):
-        seconds = (time.perf_counter() - self.start) / max(self.done, 1) * (self.images - self.done)
-        return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+        seconds = int((time.perf_counter() - self.start) / max(self.done, 1) * (self.images - self.done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def describe(config, splits):
