@@ -11,8 +11,8 @@ images, and a class in it a directory that directly holds some; `toy` is generat
     ROOT/train/../CLASS/IMAGE  and  ROOT/test/../CLASS/IMAGE, or
     ROOT/../CLASS/IMAGE        the first half of the sorted classes trains, the second half tests
 
-All randomness of an epoch follows from (seed, epoch), that of an
-augmentation from the seed drawn for it with its index: the same images whatever the number of workers.
+All randomness of an epoch follows from (seed, epoch), that of an augmentation from the seed drawn for it with its index:
+the same images whatever the number of workers.
 """
 
 import os
@@ -145,8 +145,12 @@ def split_in_halves(root, images):
             f"{root}: {len(classes)} class(es), at least 4 are needed, half of them to train and half to test on; "
             "a class is a directory that directly holds images"
         )
-    first = set(classes[: len(classes) // 2])
-    train, test = ([image for image in images if (image[1] in first) == part] for part in (True, False))
+    return split_off(set(classes[: len(classes) // 2]), images)
+
+
+def split_off(train_classes, images):
+    """Splits of (path, class) pairs: these classes train, all others test."""
+    train, test = ([image for image in images if (image[1] in train_classes) == part] for part in (True, False))
     return Splits(make_split(train), make_split(test))
 
 
@@ -292,8 +296,7 @@ def split_by_class(images, last_train_class, source):
     for path, label in images:
         if not 1 <= label <= 2 * last_train_class:
             raise ValueError(f"{source}: {path} is of class {label}, beyond 1 .. {2 * last_train_class}")
-    train, test = ([image for image in images if (image[1] <= last_train_class) == part] for part in (True, False))
-    return Splits(make_split(train), make_split(test))
+    return split_off(range(1, last_train_class + 1), images)
 
 
 def inside(directory, path, place):

@@ -111,7 +111,7 @@ class _Counter:
     """Adds up, for each query, the similarities of a tile that reach its best positive."""
 
     def __init__(self, best, query, gallery):
-        self.best, self.query, self.gallery = best, query, gallery
+        self.query, self.gallery = query, gallery
         self.rank = torch.zeros(len(query), dtype=torch.int64, device=query.device)
         self.mask = torch.empty(0, device=query.device)
         unit_error = (query.shape[1] + 8) * query.norm(dim=1).double() * gallery.norm(dim=1).max()  # (Q,)

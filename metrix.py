@@ -419,8 +419,8 @@ def describe(config, splits):
     if lone := data.lone_queries(splits):
         lines["data"] += f"; {lone} queries have no other image of their class and are left out"
     full, here = data.FULL.get(config.dataset), data.sizes(splits)
-    if full:
-        lines["data"] += " (the full data set)" if here == full else ""
+    if here == full:
+        lines["data"] += " (the full data set)"
     print(f"{config.dataset} {config.loss} {config.mode}")
     for name, line in lines.items():
         print(textwrap.fill(line, 110, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11, break_on_hyphens=False))
