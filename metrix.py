@@ -2,6 +2,7 @@
 
     python metrix.py [DATASET] [LOSS] [MODE] [--flag value ..]       default: toy contrastive feature
     python metrix.py all DATASET [--flag value ..]                   its twelve cells, and a table of them
+    python metrix.py eval RUN_DIR [--split ..] [--checkpoint ..]     every metric of a run's checkpoint
 
 `step` is the method: clean loss + mix_weight * mixed loss, one mixing weight lam ~ Beta(mix_alpha, mix_alpha) a step.
     baseline   mixes nothing
@@ -277,9 +278,8 @@ def run(config):
 
     loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
     held_out = splits[1:]  # test, or query and gallery
-    test_loaders = [data.test_loader(split, config.batch_size, config.image_size, config.num_workers) for split in held_out]
     images = len(batches) * config.batch_size
-    progress = Progress((config.epochs - len(log)) * (images + sum(map(len, held_out))))
+    progress = Progress((config.epochs - len(log)) * (images + sum(map(len, held_out))) + len(splits.train))
     for epoch in range(len(log), config.epochs):
         title = f"epoch {epoch + 1:3d}/{config.epochs}"
         with told_in_one_line(OSError):  # an unreadable image, a full disk
@@ -289,20 +289,43 @@ def run(config):
             loss = train_epoch(epoch, model, metric, optimizer, progress.of(loader), config)
             rate = images / (time.perf_counter() - started)
             progress.begin(f"{title}  testing")
-            embedded = [eval.embed_all(model, progress.of(test_loader), config.device) for test_loader in test_loaders]
+            embedded = [embed(model, split, config, progress) for split in held_out]
             if not math.isfinite(loss) or not all(z.isfinite().all() for z, _ in embedded):
                 fail(f"epoch {epoch + 1} diverged, its mean loss is {loss:.3g}; try a lower --lr and another --out")
-            rank = eval.ranks(*itertools.chain(*embedded))
-            recall = {str(k): share for k, share in eval.recall_from_ranks(rank, RECALL_AT[config.dataset]).items()}
-            seconds = time.perf_counter() - started
-            lr = optimizer.param_groups[0]["lr"]
-            log.append(dict(epoch=epoch + 1, loss=loss, lr=lr, recall=recall, seconds=seconds, images_per_second=rate))
-            progress.end(f"{title}  loss {loss:.4f}  R@1 {100 * recall['1']:.1f}  {rate:.0f} images/s  {seconds:.1f} s")
+            last = epoch + 1 == config.epochs
+            train = embed(model, splits.train, config, progress)[0] if last else None
+            result, ranking = measure(embedded, RECALL_AT[config.dataset], last, train)
+            line = dict(epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], recall=result.pop("recall"))
+            line |= dict(seconds=time.perf_counter() - started, images_per_second=rate)
+            log.append(line | result if last else line)
+            recall_at_1 = 100 * line["recall"]["1"]
+            progress.end(f"{title}  loss {loss:.4f}  R@1 {recall_at_1:.1f}  {rate:.0f} images/s  {line['seconds']:.1f} s")
             save_epoch(config, log, model, metric, optimizer)
-            shown = [(z, split.paths, split.labels) for (z, _), split in zip(embedded, held_out)]
-            with replacing(f"{config.out}/retrieval.png") as file:
-                eval.retrieval_sheet(file, rank, *itertools.chain(*shown))
+            write_sheet(config.out, ranking, embedded, held_out)
     return log
+
+
+def embed(model, split, config, progress):
+    """Embeddings and labels of a split, seen through the test transform."""
+    loader = data.test_loader(split, config.batch_size, config.image_size, config.num_workers)
+    return eval.embed_all(model, progress.of(loader), config.device)
+
+
+def measure(embedded, ks, everything, train=None):
+    """Recall or everything of [(embeddings, labels)] of a split, or of queries and gallery: a dict, and the ranking."""
+    ranking = eval.ranking(*itertools.chain(*embedded), nearest_only=not everything)
+    result = eval.summary(ranking, ks)
+    result["recall"] = {str(k): share for k, share in result["recall"].items()}  # as JSON will have it
+    if everything:
+        z, y = (torch.cat(parts) for parts in zip(*embedded))
+        result |= eval.geometry(z, y, train)
+    return result, ranking
+
+
+def write_sheet(out, ranking, embedded, splits):
+    shown = [(z, split.paths, split.labels) for (z, _), split in zip(embedded, splits)]
+    with replacing(f"{out}/retrieval.png") as file:
+        eval.retrieval_sheet(file, ranking.rank, *itertools.chain(*shown))
 
 
 def make_optimizer(model, metric, config):
@@ -322,15 +345,7 @@ def open_run(config, splits, model, metric, optimizer):
         with replacing(written) as file, open(file, "w") as out:
             print(json.dumps(wanted, indent=2), file=out)
         return []
-    try:
-        with open(written) as file:
-            there = json.load(file)
-    except FileNotFoundError:
-        fail(f"{written}: missing, though {config.out} holds the rest of a run; name another --out")
-    except ValueError:
-        fail(f"{written}: not JSON; repair it, or name another --out")
-    if not isinstance(there, dict):
-        fail(f"{written}: not the settings of a run; repair it, or name another --out")
+    there = read_settings(config.out)
     compared = [name for name in wanted if name not in NOT_OF_THE_RESULT]
     differences = [f"{name} {there.get(name)} there, {wanted[name]} now" for name in compared if there.get(name) != wanted[name]]
     if differences:
@@ -343,6 +358,21 @@ def open_run(config, splits, model, metric, optimizer):
         return state["log"]
     except (KeyError, TypeError, RuntimeError):  # what load_state_dict raises for a foreign one
         fail(f"{config.out}/last.pt: not the checkpoint of such a run; name another --out")
+
+
+def read_settings(out):
+    """What config.json in a run's directory says."""
+    written = f"{out}/config.json"
+    try:
+        with open(written) as file:
+            there = json.load(file)
+    except OSError:
+        fail(f"{written}: missing or unreadable, so {out} is no run that one could use; name another")
+    except ValueError:
+        fail(f"{written}: not JSON; repair it, or name another run")
+    if not isinstance(there, dict):
+        fail(f"{written}: not the settings of a run; repair it, or name another run")
+    return there
 
 
 def save_epoch(config, log, model, metric, optimizer):
@@ -436,9 +466,11 @@ def report(config, log):
     print(f"\n{config.dataset} {config.loss} {config.mode}".ljust(45) + "".join(f"{'R@' + k:>8}" for k in ks))
     for name, line in ((f"last epoch ({last['epoch']})", last), (f"best epoch ({best['epoch']}, chosen on the test classes)", best)):
         print(name.ljust(44) + "".join(f"{100 * line['recall'][k]:8.2f}" for k in ks))
+    if "map_at_r" in last:
+        print("\nlast epoch, in full:", *eval.table(last), sep="\n")
     print("\nwrote " + " ".join(f"{config.out}/{name}" for name in WRITTEN) + "\n")
     summary = {name: getattr(config, name) for name in ("dataset", "loss", "mode", "seed", "out")}
-    summary |= {name: dict(epoch=line["epoch"], recall=line["recall"]) for name, line in (("last", last), ("best", best))}
+    summary |= dict(last=last, best=dict(epoch=best["epoch"], recall=best["recall"]))
     print(json.dumps(summary | dict(seconds=round(sum(line["seconds"] for line in log), 1))))
 
 
@@ -464,6 +496,56 @@ def run_all(arguments):
     print(json.dumps(dict(dataset=dataset, recall_at_1={loss: {mode: cells[loss, mode] for mode in MODES} for loss in LOSSES})))
 
 
+def evaluate_run(arguments):
+    """Evaluate the checkpoint of a run: a table, a line of JSON, and in the run's directory eval.json and the sheet."""
+    parser = argparse.ArgumentParser("metrix eval", allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("run_dir", help="directory that a run has written")
+    parser.add_argument("--split", default="test", choices=("test", "train"), help="images to evaluate (test)")
+    parser.add_argument("--checkpoint", default="last", choices=("last", "best"), help="epoch to evaluate (last)")
+    parser.add_argument("--embeddings", action="store_true", help="write embeddings.npz as well, as eval.py reads it")
+    parser.add_argument("--data-root", help="where the data set is now, if not where it was")
+    parser.add_argument("--num-workers", type=int, help="processes that load images")
+    parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
+    arguments = vars(parser.parse_args(arguments))
+    out = arguments["run_dir"]
+    there = read_settings(out)
+    if missing := [field.name for field in dataclasses.fields(Config) if field.name not in there]:
+        fail(f"{out}/config.json: no {missing[0]} in it; it is not of this program")
+    config = Config(**{field.name: there[field.name] for field in dataclasses.fields(Config)})
+    config.out, config.device = out, arguments["device"]
+    config.data_root = arguments["data_root"] or config.data_root
+    config.num_workers = config.num_workers if arguments["num_workers"] is None else arguments["num_workers"]
+    check(config)
+    with told_in_one_line(ValueError, OSError):
+        splits = data.load(config.dataset, config.data_root)
+        model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
+        state = models.read_checkpoint(f"{out}/{arguments['checkpoint']}.pt")
+        try:
+            model.load_state_dict(state["model"])
+            model.to(config.device, memory_format=torch.channels_last)
+        except (KeyError, TypeError, RuntimeError):
+            fail(f"{out}/{arguments['checkpoint']}.pt: not the checkpoint of the run in {out}/config.json")
+        progress = Progress(sum(map(len, splits)))
+        progress.begin("embedding the images")
+        train, *held_out = [embed(model, split, config, progress) for split in splits]
+        testing = arguments["split"] == "test"
+        chosen, embedded = (splits[1:], held_out) if testing else (splits[:1], [train])
+        result, ranking = measure(embedded, RECALL_AT[config.dataset], True, train[0] if testing else None)
+        result = dict(checkpoint=arguments["checkpoint"], epoch=state["epoch"], split=arguments["split"]) | result
+        write_sheet(out, ranking, embedded, chosen)
+        if arguments["embeddings"]:
+            names = ("embeddings", "labels", "gallery_embeddings", "gallery_labels")
+            arrays = dict(zip(names, (x.numpy() for x in itertools.chain(*embedded)))) | dict(train_embeddings=train[0].numpy())
+            with replacing(f"{out}/embeddings.npz") as name, open(name, "wb") as file:
+                np.savez(file, **arrays)
+        with replacing(f"{out}/eval.json") as name, open(name, "w") as file:
+            print(json.dumps(result, indent=2), file=file)
+    print(f"{config.dataset} {config.loss} {config.mode}, {arguments['checkpoint']} checkpoint (epoch {state['epoch']}), ", end="")
+    print(f"{arguments['split']}: {result['queries']} queries, and {result['lone_queries']} with nothing to find, left out")
+    print(*eval.table(result), "", json.dumps(result), sep="\n")
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     # Pins the threads of a matrix product too, which otherwise may vary, and with them its last digits.
@@ -471,6 +553,8 @@ def main(arguments=None):
     try:
         if arguments[:1] == ["all"]:
             run_all(arguments[1:])
+        elif arguments[:1] == ["eval"]:
+            evaluate_run(arguments[1:])
         else:
             config = parse(arguments)
             report(config, run(config))

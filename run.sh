@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
 # ./run.sh all DATASET [--flag value ..]               the twelve cells of a data set, and a table of them
+# ./run.sh eval RUN_DIR [--split train] [--checkpoint best] [--embeddings]   every metric of a run
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
 set -euo pipefail
@@ -18,12 +19,12 @@ check() {
         [[ $word == -* ]] && return
         (( position < ${#words[@]} )) || fail "unexpected word '$word'"
         [[ " ${words[position]} " == *" $word "* ]] ||
-            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]:-every}, MODE: ${words[2]:-every}, or the words all or test first"
+            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]:-every}, MODE: ${words[2]:-every}, or the words all, eval or test first"
         position=$((position + 1))
     done
 }
 case ${1:-} in
-    test) ;;
+    test | eval) ;;
     all) words=("${words[0]}"); check "${@:2}" ;;
     *) check "$@" ;;
 esac

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import eval
 import losses
 import metrix
 import model as models
@@ -166,13 +167,58 @@ def test_every_cell_runs_from_the_command_line(loss, mode, tree, tmp_path, capsy
     config = json.loads((out / "config.json").read_text())
     assert (config["loss"], config["mode"], config["train_images"]) == (loss, mode, 25)
     (line,) = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    assert sorted(line) == sorted(["epoch", "loss", "lr", "recall", "seconds", "images_per_second"])
+    everything = ["queries", "lone_queries", "map_at_r", "r_precision", "alignment", "uniformity", "utilization"]
+    assert list(line) == ["epoch", "loss", "lr", "recall", "seconds", "images_per_second", *everything]
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["last"]["recall"] == line["recall"] and 0 <= line["recall"]["1"] <= line["recall"]["8"] <= 1
+    assert summary["last"] == line and 0 <= line["recall"]["1"] <= line["recall"]["8"] <= 1
     for name in ("last.pt", "best.pt"):
         state = torch.load(out / name, weights_only=True)
         models.ResNet(**models.NETS["tiny"], embedding_size=16).load_state_dict(state["model"])
         assert ("proxies" in state["metric"]) == (loss == "proxyanchor")
+
+
+def test_a_run_is_evaluated_again_from_its_checkpoints(tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    metrix.main(command(tree, out))
+    first, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert "map_at_r" not in first
+    (out / "retrieval.png").unlink()
+    metrix.main(["eval", str(out), "--embeddings"])
+    written = json.loads((out / "eval.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == written
+    assert {name: written[name] for name in last if name in written} == {name: last[name] for name in last if name in written}
+    assert (written["checkpoint"], written["split"], written["epoch"]) == ("last", "test", 2) and "utilization" in written
+    assert (out / "retrieval.png").exists()
+    eval.main(["--embeddings", str(out / "embeddings.npz")])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again == {name: written[name] for name in again}
+
+    metrix.main(["eval", str(out), "--checkpoint", "best", "--split", "train"])
+    written = json.loads((out / "eval.json").read_text())
+    best = max((first, last), key=lambda line: line["recall"]["1"])
+    assert (written["checkpoint"], written["split"], written["epoch"]) == ("best", "train", best["epoch"])
+    assert "utilization" not in written  # of the training images in themselves
+
+
+def test_what_is_no_run_is_not_evaluated(tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    metrix.main(command(tree, out, more="--epochs 1"))
+    capsys.readouterr()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (out / "best.pt").write_bytes(b"no checkpoint")
+    for arguments, message in [
+        ([str(tmp_path / "nothing")], "nothing/config.json: missing"),
+        ([str(tmp_path / "other")], "no dataset in it"),
+        ([str(out), "--split", "query"], "--split"),
+        ([str(out), "--checkpoint", "best"], "best.pt: not a readable checkpoint"),
+        ([str(out), "--data-root", str(tmp_path / "nowhere")], "nowhere"),
+        ([], "run_dir"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            metrix.main(["eval", *arguments])
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and told.startswith("metrix: ") and told.count("\n") == 1 and message in told, told
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tree, tmp_path, monkeypatch, capsys):
