@@ -1,1 +1,32 @@
-"""Fast forms of the places where metric learning spends its time; a file a kernel, plain tensors in and out."""
+"""Fast forms of the places where metric learning spends its time; a file a kernel, plain tensors in and out.
+
+Every public function has a plain PyTorch form and a Triton form of one signature. `choice`, set by --kernels, says which
+one runs: "torch", "triton", or "auto", which takes Triton for tensors on a GPU.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # no Triton for this platform: its forms stay unused
+    triton, tl, jit = None, torch, lambda function: function
+
+CHOICES = ("auto", "torch", "triton")
+choice = "auto"
+
+
+def use_triton(tensor):
+    """Whether the Triton form of a kernel runs on this tensor. Raises RuntimeError if it was chosen and cannot."""
+    if choice == "auto":
+        return tensor.is_cuda and triton is not None
+    if choice == "triton":
+        if triton is None:
+            raise RuntimeError("--kernels triton: Triton is not installed; --kernels torch needs none")
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError("--kernels triton: no GPU; TRITON_INTERPRET=1 in front of the command runs it, slowly, on the CPU")
+    return choice == "triton"

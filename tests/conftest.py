@@ -1,16 +1,31 @@
+import os
 import pathlib
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton's interpreter, on the CPU
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run by ./run.sh test --slow")
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton's forms are tested: a GPU if there is one, else the interpreter; they are switched on."""
+    import kernels
+
+    if kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(kernels, "choice", "triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
