@@ -24,8 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
+from kernels import mixed as triplets
+from kernels import pairwise
+
 PAIRINGS = ("positive-negative", "anchor-negative")
 TINY = 1e-12  # under a square root: keeps its gradient finite where two embeddings coincide
+MANY = 2**18  # pairs or triplets from which on the kernels pay on a CPU too
 
 
 # ---------------------------------------------------------------------------------------------- banks
@@ -135,11 +140,13 @@ def _full_precision(method):
 
 
 class MetricLoss(nn.Module):
-    """What is common: who the anchors are, and the two mixed forms. A loss adds `clean` and `reduce`.
+    """What is common: who the anchors are, the clean and the two mixed forms. Each exists twice, and both are equal:
 
-    clean(z, y): the clean loss of unit embeddings z.
-    reduce(sim, mask, anchor, num_anchors, lam): the mixed loss, given similarities (R, N) of anchors to mixed
-        examples, which of them count (R, N), and the anchor each row belongs to (R,).
+    in plain PyTorch, on matrices of all pairs: `clean(z, y)`, z of length 1, and `reduce(sim, mask, anchor, num_anchors,
+        lam)`, the mixed loss given similarities (R, N) of anchors to mixed examples, which of them count (R, N), and the
+        anchor each row belongs to (R,);
+    as a function `of_sums` of sums over pairs that a kernel makes without holding any such matrix. It serves GPUs and
+        large batches, and needs `rho`, the terms of a pair.
     """
 
     pairings = PAIRINGS  # the trainer draws one of these each step
@@ -147,15 +154,22 @@ class MetricLoss(nn.Module):
     @_full_precision
     def forward(self, z, y):
         """Clean loss of embeddings z (B, D) with integer labels y (B,)."""
+        self.check(z, y)
+        if self.fused(z, len(z) * len(z)):
+            return self.of_sums(*self.clean_sums(z, y))
         return self.clean(z, y)
 
     @_full_precision
     def mixed(self, z, y, v, i, lam, pairing):
         """Loss of the anchors of a batch against a bank: v (M, D) embeds mix(x[i], x[j]), i: (M,), lam in [0, 1]."""
+        _check_pairing(pairing)
+        self.check(z, y)
         if len(v) != len(i):
             raise ValueError(f"a bank of {len(v)} embeddings with {len(i)} indices")
-        anchors = self.anchors(z, y)  # (A, D)
-        return self.reduce(anchors @ _unit(v).to(z.dtype).T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
+        anchors, v = self.anchors(z, y), _unit(v).to(z.dtype)  # (A, D), (M, D)
+        if self.fused(z, len(anchors) * len(v)):
+            return self.of_sums(*pairwise.pair_sums(anchors, v, *self.shown(y, i, pairing), self.rho, mixed=True), lam)
+        return self.reduce(anchors @ v.T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
 
     @_full_precision
     def mixed_embed(self, z, y, lam, pairing):
@@ -163,16 +177,39 @@ class MetricLoss(nn.Module):
 
         With proxies that is the anchor-negative bank under either name.
         """
+        _check_pairing(pairing)
+        self.check(z, y)
         anchors = self.anchors(z, y)  # (A, D)
         a, p = self.serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
+        if self.fused(z, len(a) * len(z)):
+            return self.of_sums(*triplets.embed_sums(anchors @ z.T, z @ z.T, y, a, p, lam, self.rho), lam)
         sim = sim_to_mixed(anchors @ z.T, z @ z.T, a, p, lam)  # (R, B)
         return self.reduce(sim, y[p][:, None] != y, a, len(anchors), lam)
+
+    def fused(self, z, pairs):
+        """Whether kernels make the sums."""
+        return pairs > 0 and self.rho.is_served() and (pairs > MANY or z.dtype != torch.float64 and kernels.use_triton(z))
+
+    def clean_sums(self, z, y):
+        """What `of_sums` takes, of the batch against itself."""
+        here = _indices(y)
+        return pairwise.pair_sums(z, None, pairwise.Rows(y, here), pairwise.Columns(y, here), self.rho)
 
     def anchors(self, z, y):
         return z
 
     def serves(self, y, i, pairing):
         return serves(y, i, pairing)
+
+    def shown(self, y, i, pairing):
+        """`serves`, as labels and ids of rows and columns: equal labels and different ids are shown to each other."""
+        here, nobody = _indices(y), torch.full_like(i, -1)
+        if pairing == "anchor-negative":
+            return pairwise.Rows(here, here), pairwise.Columns(i, nobody)
+        return pairwise.Rows(y, here), pairwise.Columns(y[i], i)
+
+    def check(self, z, y):
+        """Raise ValueError for what this loss cannot take."""
 
 
 # --------------------------------------------------------------------------------------------- losses
@@ -187,6 +224,7 @@ class Contrastive(MetricLoss):
     def __init__(self, neg_margin=0.5):
         super().__init__()
         self.neg_margin = neg_margin
+        self.rho = pairwise.Rho(pairwise.HINGE, push_base=neg_margin)
 
     def clean(self, z, y):
         dist = distance(z @ z.T)  # (B, B)
@@ -198,6 +236,11 @@ class Contrastive(MetricLoss):
         dist = distance(sim)
         return mean_nonzero(lam * dist, mask) + mean_nonzero((1 - lam) * F.relu(self.neg_margin - dist), mask)
 
+    def of_sums(self, pull, push, pulled, pushed, lam=None):
+        pull_weight, push_weight = (1, 1) if lam is None else (lam, 1 - lam)
+        pull, push = pull.sum() / pulled.sum().clamp_min(1), push.sum() / pushed.sum().clamp_min(1)
+        return pull_weight * pull + push_weight * push
+
 
 class MultiSimilarity(MetricLoss):
     """Soft-weighted pairs, mined against the hardest of the other kind (Wang et al., CVPR 2019, arXiv 1904.06627).
@@ -208,6 +251,7 @@ class MultiSimilarity(MetricLoss):
     def __init__(self, ms_alpha=17.97, ms_beta=75.66, ms_base=0.77, ms_epsilon=0.39):
         super().__init__()
         self.ms_alpha, self.ms_beta, self.ms_base, self.ms_epsilon = ms_alpha, ms_beta, ms_base, ms_epsilon
+        self.rho = pairwise.Rho(pairwise.EXPONENTIAL, ms_alpha, ms_base, ms_beta, ms_base)
 
     def clean(self, z, y):
         sim = z @ z.T  # (B, B)
@@ -231,6 +275,17 @@ class MultiSimilarity(MetricLoss):
         push = log1p_sum_exp(self.ms_beta * sim, negative_weight, negative, anchor, num_anchors) / self.ms_beta
         return (pull + push).sum() / max(num_anchors, 1)
 
+    def clean_sums(self, z, y):
+        rows = columns = pairwise.Columns(y, _indices(y))
+        positive, negative = pairwise.extremes(z.detach(), z.detach(), pairwise.Rows(*rows), columns)
+        mined = pairwise.Rows(*rows, below=negative + self.ms_epsilon, above=positive - self.ms_epsilon)
+        return pairwise.pair_sums(z, None, mined, columns, self.rho)
+
+    def of_sums(self, pull, push, pulled, pushed, lam=None):
+        pull_weight, push_weight = (1, 1) if lam is None else (lam, 1 - lam)
+        rows = torch.log1p(pull_weight * pull) / self.ms_alpha + torch.log1p(push_weight * push) / self.ms_beta
+        return rows.sum() / max(len(rows), 1)
+
 
 class ProxyAnchor(MetricLoss):
     """One learnt proxy a class is the anchor of the whole batch (Kim et al., CVPR 2020, arXiv 2003.13911).
@@ -244,12 +299,12 @@ class ProxyAnchor(MetricLoss):
     def __init__(self, num_classes, embedding_size, pa_alpha=32, pa_margin=0.1):
         super().__init__()
         self.pa_alpha, self.pa_margin = pa_alpha, pa_margin
+        self.rho = pairwise.Rho(pairwise.EXPONENTIAL, pa_alpha, pa_margin, pa_alpha, -pa_margin)
         self.proxies = nn.Parameter(torch.empty(num_classes, embedding_size))  # (P, D)
         nn.init.kaiming_normal_(self.proxies, mode="fan_out")
 
     def clean(self, z, y):
         proxies = _unit(self.proxies).to(z.dtype)
-        self.check(z, y)
         classes = _indices(proxies)
         same = classes[:, None] == y  # (P, B)
         pull, push = self.row_losses(proxies @ z.T, same, ~same, classes, len(proxies), 1, 1)
@@ -268,14 +323,29 @@ class ProxyAnchor(MetricLoss):
             log1p_sum_exp(push, negative_weight, negative, anchor, num_anchors),
         )
 
+    def clean_sums(self, z, y):
+        proxies = _unit(self.proxies).to(z.dtype)
+        return pairwise.pair_sums(proxies, z, *self.by_class(_indices(proxies), y), self.rho)
+
+    def of_sums(self, pull, push, pulled, pushed, lam=None):
+        shown = (pulled > 0).sum().clamp_min(1)
+        if lam is None:
+            return torch.log1p(pull).sum() / shown + torch.log1p(push).mean()
+        return (torch.log1p(lam * pull) + torch.log1p((1 - lam) * push)).sum() / shown
+
     def anchors(self, z, y):
         """The proxies of the batch's classes: no other proxy sees a mixed example."""
-        self.check(z, y)
         return _unit(self.proxies[y.unique()]).to(z.dtype)
 
     def serves(self, y, i, pairing):
-        _check_pairing(pairing)
         return y.unique()[:, None] == y[i]
+
+    def shown(self, y, i, pairing):
+        return self.by_class(y.unique(), y[i])
+
+    def by_class(self, rows, columns):
+        """Labels of rows and columns, and ids that never meet."""
+        return pairwise.Rows(rows, torch.zeros_like(rows)), pairwise.Columns(columns, torch.ones_like(columns))
 
     def check(self, z, y):
         num_classes, embedding_size = self.proxies.shape

@@ -30,6 +30,7 @@ import torch
 
 import data
 import eval
+import kernels
 import losses
 import model as models
 from kernels.mix_pool import mix_pool
@@ -105,6 +106,7 @@ class Config:
     seed: int = option(0, "of everything random", least=0)
     num_workers: int = option(min(4, os.cpu_count() or 1), "processes that load images; the result is the same", least=0)
     device: str = option("auto", "auto: cuda if there is one, else cpu")
+    kernels: str = option("auto", "auto: Triton on a GPU, else torch", choices=kernels.CHOICES)
     resume: bool = option(False, "go on with the run in OUT, and fail if there is none")
 
 
@@ -145,7 +147,7 @@ def recipe_of(dataset, loss, mode):
     return recipe | TOY if dataset == "toy" else recipe
 
 
-NOT_OF_THE_RESULT = ("out", "device", "num_workers", "resume")  # a run may go on with others of these
+NOT_OF_THE_RESULT = ("out", "device", "kernels", "num_workers", "resume")  # a run may go on with others of these
 
 
 def parse(arguments):
@@ -188,9 +190,13 @@ def check(config):
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=config.device).item()
+        one = torch.ones(1, device=config.device)
+        one.item()
     except (RuntimeError, AssertionError):  # what torch raises for a device it does not know or have
         fail(f"--device {config.device} cannot be used on this machine; --device cpu always can")
+    kernels.choice = config.kernels
+    with told_in_one_line(RuntimeError):
+        kernels.use_triton(one)
 
 
 def flag(name):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval
+import kernels
 import losses
 import metrix
 import model as models
@@ -115,6 +116,27 @@ def test_mixing_with_lam_one_shows_the_first_of_each_pair():
         config, net, metric = make("contrastive", mode, bn="stats")
         values.append(metrix.step(net.double(), metric, images.double(), y, config, 1.0, "positive-negative"))
     torch.testing.assert_close(values[0], values[1])
+
+
+@pytest.mark.parametrize("loss, mode", CELLS)
+def test_triton_and_torch_give_the_same_training_curve(loss, mode, triton_device, monkeypatch):
+    y = torch.tensor([0, 0, 1, 1, 2, 2], device=triton_device)
+    curves = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "choice", choice)
+        config, net, metric = make(loss, mode, bn="stats")
+        net, metric = net.to(triton_device), metric.to(triton_device)
+        optimizer = metrix.make_optimizer(net, metric, config)
+        images = torch.randn(6, 3, 40, 40, generator=torch.Generator().manual_seed(1)).to(triton_device)
+        curve = []
+        for n in range(4):
+            value = metrix.step(net, metric, images, y, config, 0.3 + 0.1 * n, metric.pairings[n % len(metric.pairings)])
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            curve.append(value.item())
+        curves.append(curve)
+    assert curves[0][0] != curves[0][-1] and curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_an_epoch_draws_lam_and_pairing_and_keeps_the_schedule(monkeypatch):

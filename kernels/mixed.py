@@ -1,0 +1,224 @@
+"""The mixed loss of embed mode from Gram matrices: sums over triplets (anchor a, positive part p, negative part n).
+
+With W = anchors z^T (A, B) and S = z z^T (B, B) the mixed example of p and n has, without being built, the similarity
+
+    m = (lam W[a,p] + (1-lam) W[a,n]) / L[p,n],      L = sqrt(max(lam^2 + (1-lam)^2 + 2 lam (1-lam) S[p,n], TINY))
+
+to anchor a. An anchor's sums run over the p that serve it and all n of another class than p:
+
+    pull[a] = sum of rho+(m)        push[a] = sum of rho-(m)                      rho as in kernels/pairwise.py
+
+With g = pull_grad[a] rho+'(m) + push_grad[a] rho-'(m) the gradients are sums of
+
+    dW[a,p] += g lam / L        dW[a,n] += g (1-lam) / L        dS[p,n] -= g m lam (1-lam) / L^2   (0 where L is clamped)
+
+so a program owns a row of dW (p and n never meet there: they differ in class) or of dS: no atomics, the same bits every
+time. Bytes moved: two rows of B floats a pair (a, p), from cache; nothing of the size of the triplets is written.
+
+Shapes: A anchors, B examples, R pairs (a, p) of an anchor and what serves it.
+"""
+
+import torch
+
+from kernels import jit, tl, use_triton
+from kernels.pairwise import HINGE, TINY, slope_tile, slopes, term_tile, terms
+
+CHUNK = 2**18  # triplets at a time on the CPU
+
+
+# ------------------------------------------------------------------------------ PyTorch, by pairs (a, p)
+
+
+def _mixed(W, S, a, p, lam):
+    """m and L^2 of the triplets of pairs (a, p): (R, B)."""
+    square = (lam**2 + (1 - lam) ** 2 + 2 * lam * (1 - lam) * S[p]).clamp_min_(TINY)
+    m = torch.add(lam * W[a, p][:, None], W[a], alpha=1 - lam)
+    return m.mul_(square.rsqrt()), square
+
+
+def _chunks(a, width):
+    step = max(1, CHUNK // max(width, 1))
+    return [slice(start, start + step) for start in range(0, len(a), step)]
+
+
+def _torch_sums(W, S, y, a, p, lam, rho):
+    sums = W.new_zeros(4, len(W))
+    for r in _chunks(a, len(y)):
+        m, _ = _mixed(W, S, a[r], p[r], lam)
+        other = (y[p[r], None] != y).to(m.dtype)
+        pull, push = terms(m, rho)
+        push *= other
+        for total, part in zip(sums, (pull.mul_(other), push, other, (push > 0).to(m.dtype))):
+            total.index_add_(0, a[r], part.sum(1))
+    return sums
+
+
+def _torch_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
+    dW, dS = torch.zeros_like(W), torch.zeros_like(S)
+    for r in _chunks(a, len(y)):
+        m, square = _mixed(W, S, a[r], p[r], lam)
+        pull, push = slopes(m, rho)
+        g = pull.mul_(pull_grad[a[r], None]).add_(push.mul_(push_grad[a[r], None])).mul_(y[p[r], None] != y)
+        dS.index_add_(0, p[r], (g * m / square).mul_(square > TINY), alpha=-lam * (1 - lam))
+        g *= square.rsqrt_()
+        dW.index_add_(0, a[r], g, alpha=1 - lam)
+        dW.index_put_((a[r], p[r]), lam * g.sum(1), accumulate=True)
+    return dW, dS
+
+
+# ---------------------------------------------------------------------------------------------- Triton
+
+
+@jit
+def _mix(to_p, to_n, s, lam):
+    """m and L^2 of a tile of triplets, from W[a,p], W[a,n] and S[p,n]."""
+    square = tl.maximum(lam * lam + (1 - lam) * (1 - lam) + 2 * lam * (1 - lam) * s, 1e-12)
+    return (lam * to_p + (1 - lam) * to_n) / tl.sqrt_rn(square), square
+
+
+@jit
+def _sums(
+    W, S, y, start, partner, sums, A, B, lam, pull_scale, pull_base, push_scale, push_base,
+    KIND: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    # A program owns anchor a: it walks the p that serve it, and for each the row of all n.
+    a = tl.program_id(0)
+    pull_sum, push_sum = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    pulled, pushed = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    for t in range(tl.load(start + a), tl.load(start + a + 1)):
+        p = tl.load(partner + t)
+        to_p, label = tl.load(W + a.to(tl.int64) * B + p), tl.load(y + p)
+        for first in range(0, B, BN):
+            n = first + tl.arange(0, BN)
+            other = (n < B) & (tl.load(y + n, mask=n < B, other=0) != label)
+            to_n = tl.load(W + a.to(tl.int64) * B + n, mask=n < B, other=0.0)
+            m, _ = _mix(to_p, to_n, tl.load(S + p.to(tl.int64) * B + n, mask=n < B, other=0.0), lam)
+            pull, push = term_tile(m, pull_scale, pull_base, push_scale, push_base, KIND)
+            push = tl.where(other, push, 0.0)
+            pull_sum += tl.where(other, pull, 0.0)
+            push_sum += push
+            pulled += other.to(tl.float32)
+            pushed += (push > 0.0).to(tl.float32)
+    tl.store(sums + a, tl.sum(pull_sum))
+    tl.store(sums + A + a, tl.sum(push_sum))
+    tl.store(sums + 2 * A + a, tl.sum(pulled))
+    tl.store(sums + 3 * A + a, tl.sum(pushed))
+
+
+@jit
+def _row_gradient(
+    W, S, y, start, partner, grad, out, A, B, lam, pull_scale, pull_base, push_scale, push_base,
+    KIND: tl.constexpr, OF_S: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    # A program owns BN elements of a row: dW[a, n], summed over the p that serve a; or dS[p, n], over the a that p serves.
+    row = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    label = tl.load(y + n, mask=n < B, other=0)
+    total = tl.zeros((BN,), tl.float32)
+    for t in range(tl.load(start + row), tl.load(start + row + 1)):
+        if OF_S:
+            a, p = tl.load(partner + t), row.to(tl.int64)
+        else:
+            a, p = row.to(tl.int64), tl.load(partner + t)
+        other = (n < B) & (label != tl.load(y + p))
+        to_n = tl.load(W + a * B + n, mask=n < B, other=0.0)
+        m, square = _mix(tl.load(W + a * B + p), to_n, tl.load(S + p * B + n, mask=n < B, other=0.0), lam)
+        pull, push = slope_tile(m, pull_scale, pull_base, push_scale, push_base, KIND)
+        g = tl.where(other, pull * tl.load(grad + a) + push * tl.load(grad + A + a), 0.0)
+        if OF_S:
+            total -= tl.where(square > 1e-12, g * m / square, 0.0) * (lam * (1 - lam))
+        else:
+            total += g / tl.sqrt_rn(square) * (1 - lam)
+    tl.store(out + row.to(tl.int64) * B + n, total, mask=n < B)
+
+
+@jit
+def _pair_gradient(
+    W, S, y, anchor, partner, grad, out, A, B, lam, pull_scale, pull_base, push_scale, push_base,
+    KIND: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    # A program owns one element dW[a, p]: it adds it up over all n.
+    a, p = tl.load(anchor + tl.program_id(0)), tl.load(partner + tl.program_id(0))
+    to_p, label = tl.load(W + a * B + p), tl.load(y + p)
+    pull_grad, push_grad = tl.load(grad + a), tl.load(grad + A + a)
+    total = tl.zeros((BN,), tl.float32)
+    for first in range(0, B, BN):
+        n = first + tl.arange(0, BN)
+        other = (n < B) & (tl.load(y + n, mask=n < B, other=0) != label)
+        to_n = tl.load(W + a * B + n, mask=n < B, other=0.0)
+        m, square = _mix(to_p, to_n, tl.load(S + p * B + n, mask=n < B, other=0.0), lam)
+        pull, push = slope_tile(m, pull_scale, pull_base, push_scale, push_base, KIND)
+        total += tl.where(other, (pull * pull_grad + push * push_grad) / tl.sqrt_rn(square), 0.0)
+    tl.store(out + a * B + p, lam * tl.sum(total))
+
+
+BN, WARPS = 256, 4  # by the ahead-of-time reports; not timed
+
+
+def _lists(owner, partner, owners):
+    """Where the partners of each owner begin (owners + 1,), and all of them, owner by owner."""
+    order = owner.sort(stable=True).indices
+    first = torch.searchsorted(owner[order], torch.arange(owners + 1, device=owner.device))
+    return first, partner[order].contiguous()
+
+
+def _triton_sums(W, S, y, a, p, lam, rho):
+    sums = torch.empty(4, len(W), dtype=torch.float32, device=W.device)
+    _sums[(len(W),)](W, S, y, *_lists(a, p, len(W)), sums, *W.shape, lam, *rho[1:], KIND=rho.kind, BN=BN, num_warps=WARPS)
+    return sums
+
+
+def _triton_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
+    dW, dS, grad = torch.empty_like(W), torch.empty_like(S), torch.stack([pull_grad, push_grad]).float()
+    blocks = -(-W.shape[1] // BN)
+    common = (*W.shape, lam, *rho[1:])
+    for out, lists, of_s in ((dW, _lists(a, p, len(W)), False), (dS, _lists(p, a, len(S)), True)):
+        _row_gradient[(len(out), blocks)](W, S, y, *lists, grad, out, *common, KIND=rho.kind, OF_S=of_s, BN=BN, num_warps=WARPS)
+    _pair_gradient[(len(a),)](W, S, y, a, p, grad, dW, *common, KIND=rho.kind, BN=BN, num_warps=WARPS)
+    return dW, dS
+
+
+# -------------------------------------------------------------------------------------------- in public
+
+
+class _EmbedSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, W, S, y, a, p, lam, rho):
+        ctx.save_for_backward(W, S, y, a, p)
+        ctx.rest = lam, rho
+        ctx.triton = W.dtype != torch.float64 and use_triton(W)
+        sums = (_triton_sums if ctx.triton else _torch_sums)(W, S, y, a, p, lam, rho)
+        pull, push, pulled, pushed = sums.unbind()
+        ctx.mark_non_differentiable(pulled, pushed)
+        return pull, push, pulled, pushed
+
+    @staticmethod
+    def backward(ctx, pull_grad, push_grad, *_):
+        gradients = _triton_gradients if ctx.triton else _torch_gradients
+        return *gradients(*ctx.saved_tensors, *ctx.rest, pull_grad, push_grad), None, None, None, None, None
+
+
+def embed_sums(W, S, y, a, p, lam, rho):
+    """The sums at the top of the file: pull, push, and how many terms of each were not zero, (A,) each.
+
+    W: (A, B) and S: (B, B), float32 (or float64, by the PyTorch form alone); y: (B,) integers; a, p: int64 (R,), the
+    pairs of an anchor and what serves it; lam in [0, 1]; rho: pairwise.Rho. Differentiable in W and S.
+    """
+    if not len(a):
+        empty = W.new_zeros(len(W))
+        return empty + 0 * W.sum(), empty + 0 * S.sum(), empty, empty
+    return _EmbedSums.apply(W.contiguous(), S.contiguous(), y.contiguous(), a.contiguous(), p.contiguous(), float(lam), rho)
+
+
+def ahead_of_time():
+    """What tests/aot.py compiles: every kernel, as it is launched."""
+    types = dict.fromkeys(["W", "S", "sums", "grad", "out"], "*fp32") | dict.fromkeys(["A", "B"], "i32")
+    types |= dict.fromkeys(["y", "start", "partner", "anchor"], "*i64")
+    types |= dict.fromkeys(["lam", "pull_scale", "pull_base", "push_scale", "push_base"], "fp32")
+    cases = []
+    for KIND in (HINGE, HINGE + 1):
+        for kernel, more in ((_sums, {}), (_row_gradient, dict(OF_S=False)), (_row_gradient, dict(OF_S=True)), (_pair_gradient, {})):
+            constants = dict(KIND=KIND, BN=BN) | more
+            used = {name: types[name] for name in kernel.arg_names if name not in constants}
+            cases.append(dict(kernel=kernel, types=used, constants=constants, num_warps=WARPS, num_stages=3, plain="AB"))
+    return cases

@@ -1,0 +1,404 @@
+"""Sums over pairs of a metric-learning loss, without ever holding a matrix of pairs.
+
+Rows (anchors or proxies) meet columns (examples or mixed examples). With s = s(row, column), each row r needs
+
+    pull[r] = sum over its positives of rho+(s)        push[r] = sum over its negatives of rho-(s)
+
+and how many terms were not zero. A loss is a function of these (R,) numbers, in plain PyTorch. Two kinds of rho:
+
+    hinge         rho+ = d,                            rho- = relu(push_base - d),           d = sqrt(max(2 - 2s, TINY))
+    exponential   rho+ = e^{-pull_scale (s - pull_base)},   rho- = e^{push_scale (s - push_base)}
+
+A pair of equal labels and different ids is positive. A pair of different labels is negative, or, in a mixed loss,
+whatever is positive: there every pair shown enters both sums. Mining keeps positives with s < below[r] and negatives
+with s > above[r].
+
+The gradient is that of s times the other side's vectors: with g[r,c] = pull_grad[r] rho+'(s) + push_grad[r] rho-'(s),
+
+    dx = g v,      dv = g^T x,
+
+where the tile of s is computed again rather than kept. Each program owns its rows of dx or dv: no atomics, so the same
+bits every time. Bytes moved are those of the vectors; arithmetic is 2 R N D forward and, at D = 512, 6 R N D for
+each gradient (the tile of s is made anew for every 256 elements of the result; 4 R N D would be ideal).
+
+Precision, by rounding as the product modes do (1,000 embeddings in classes of 5, D = 512; relative error against float64
+of the loss, and in norm of the gradient; "tight": all similarities above 0.95, where distances lose digits):
+
+    product   contrastive        multi-similarity   proxy-anchor       contrastive, tight
+    fp32      4e-8   8e-8        5e-8   4e-7        8e-8   5e-7        5e-7   3e-4
+    tf32x3    4e-8   8e-8        5e-8   1e-7        8e-8   2e-7        1e-7   5e-5
+    bf16x3    4e-8   3e-6        5e-8   4e-6        8e-8   5e-6        5e-6   1e-3
+    tf32      8e-8   2e-4        9e-5   1e-2        1e-8   4e-4        3e-4   1e-1
+    bf16      3e-6   2e-3        5e-6   2e-3        3e-6   3e-3        4e-3   6e-1
+
+So float32 vectors are multiplied with tf32x3, as good as fp32 and on tensor cores. 16-bit vectors are for who can
+afford the last line.
+
+Exponents are not shifted, so the exponential kind serves scales up to LARGEST_EXPONENT: |s| <= 1 bounds them.
+
+Shapes: R rows, N columns, D embedding size.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kernels import jit, tl, triton, use_triton
+
+TINY = 1e-12  # under the square root of a distance
+LARGEST_EXPONENT = 70  # e^70 times a million terms is a float32
+CHUNK = 2**18  # pairs at a time on the CPU: a tile of float32 then stays in a core's L2 cache
+HINGE, EXPONENTIAL, EXTREMES = 0, 1, 2
+
+
+class Rho(NamedTuple):
+    """The terms of a pair, see the top of the file."""
+
+    kind: int
+    pull_scale: float = 0.0
+    pull_base: float = 0.0
+    push_scale: float = 0.0
+    push_base: float = 0.0
+
+    def is_served(self):
+        pull, push = self.pull_scale * (1 + abs(self.pull_base)), self.push_scale * (1 + abs(self.push_base))
+        return self.kind == HINGE or max(pull, push) <= LARGEST_EXPONENT
+
+
+class Rows(NamedTuple):
+    label: torch.Tensor  # (R,) integers
+    id: torch.Tensor  # (R,) integers; a column of the same id is nothing to this row
+    below: torch.Tensor | None = None  # (R,) positives count below this similarity; None: all
+    above: torch.Tensor | None = None  # (R,) negatives count above this similarity; None: all
+
+
+class Columns(NamedTuple):
+    label: torch.Tensor  # (N,)
+    id: torch.Tensor  # (N,)
+
+
+# ------------------------------------------------------------------------------------ PyTorch, by rows
+
+
+def terms(s, rho):
+    """rho+ and rho- of similarities."""
+    if rho.kind == HINGE:
+        d = (2 - 2 * s).clamp_min_(TINY).sqrt_()
+        return d, (rho.push_base - d).clamp_min_(0)
+    return (-rho.pull_scale * (s - rho.pull_base)).exp_(), (rho.push_scale * (s - rho.push_base)).exp_()
+
+
+def slopes(s, rho):
+    """Their derivatives by s; 0 for a distance at its smallest."""
+    if rho.kind == HINGE:
+        square = 2 - 2 * s
+        slope = square.clamp_min(TINY).rsqrt_().neg_().mul_(square > TINY)
+        return slope, -slope * (square < max(rho.push_base, 0) ** 2)
+    pull, push = terms(s, rho)
+    return pull.mul_(-rho.pull_scale), push.mul_(rho.push_scale)
+
+
+def _masks(s, rows, columns, r, mixed):
+    """Which pairs of a chunk of rows are in the two sums, as 0.0 and 1.0."""
+    same = rows.label[r, None] == columns.label
+    positive = (same & (rows.id[r, None] != columns.id)).to(s.dtype)
+    negative = positive.clone() if mixed else (~same).to(s.dtype)
+    if rows.below is not None:
+        positive *= s < rows.below[r, None]
+        negative *= s > rows.above[r, None]
+    return positive, negative
+
+
+def _chunks(x, v):
+    step = max(1, CHUNK // max(len(v), 1))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
+
+
+def _torch_sums(x, v, rows, columns, rho, mixed):
+    sums = x.new_empty(4, len(x))
+    for r in _chunks(x, v):
+        s = x[r] @ v.T  # (rows of the chunk, N)
+        positive, negative = _masks(s, rows, columns, r, mixed)
+        if rho.kind == EXTREMES:
+            sums[0, r] = s.masked_fill(positive == 0, torch.inf).amin(1)
+            sums[1, r] = s.masked_fill(negative == 0, -torch.inf).amax(1)
+            continue
+        pull, push = terms(s, rho)
+        sums[0, r], sums[1, r] = (pull * positive).sum(1), (push.mul_(negative)).sum(1)
+        sums[2, r], sums[3, r] = positive.sum(1), (push > 0).sum(1)
+    return sums
+
+
+def _torch_gradients(x, v, rows, columns, rho, mixed, pull_grad, push_grad):
+    dx, dv = torch.empty_like(x), torch.zeros_like(v)
+    for r in _chunks(x, v):
+        s = x[r] @ v.T
+        positive, negative = _masks(s, rows, columns, r, mixed)
+        pull, push = slopes(s, rho)
+        g = positive.mul_(pull).mul_(pull_grad[r, None]).add_(negative.mul_(push).mul_(push_grad[r, None]))
+        torch.mm(g, v, out=dx[r])
+        dv.addmm_(g.T, x[r])
+    return dx, dv
+
+
+# ---------------------------------------------------------------------------------------------- Triton
+
+
+@jit
+def similarities(x, v, r, c, R, N, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """(BM, BN) inner products of rows r of x and rows c of v; D is a multiple of BK."""
+    s = tl.zeros((BM, BN), tl.float32)
+    k = tl.arange(0, BK)
+    x += r.to(tl.int64)[:, None] * D + k[None, :]
+    v += c.to(tl.int64)[None, :] * D + k[:, None]
+    for _ in range(0, D, BK):
+        a = tl.load(x, mask=(r < R)[:, None], other=0.0)  # (BM, BK)
+        b = tl.load(v, mask=(c < N)[None, :], other=0.0)  # (BK, BN)
+        s = tl.dot(a, b, s, input_precision=PRECISION)
+        x += BK
+        v += BK
+    return s
+
+
+@jit
+def term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
+    """`terms`, of a tile."""
+    if KIND == 0:
+        d = tl.sqrt_rn(tl.maximum(2.0 - 2.0 * s, 1e-12))
+        return d, tl.maximum(push_base - d, 0.0)
+    else:
+        return tl.exp(-pull_scale * (s - pull_base)), tl.exp(push_scale * (s - push_base))
+
+
+@jit
+def slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
+    """`slopes`, of a tile."""
+    if KIND == 0:
+        square = 2.0 - 2.0 * s
+        slope = tl.where(square > 1e-12, -1.0 / tl.sqrt_rn(tl.maximum(square, 1e-12)), 0.0)
+        margin = tl.maximum(push_base, 0.0)
+        return slope, tl.where(square < margin * margin, -slope, 0.0)
+    else:
+        pull, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+        return -pull_scale * pull, push_scale * push
+
+
+@jit
+def _pair_masks(row, column, inside, R, N, r, c, MIXED: tl.constexpr):
+    """Positive and negative pairs of a tile. row, column: (2, R) and (2, N) labels and ids."""
+    row_label, row_id = tl.load(row + r, mask=r < R, other=0), tl.load(row + R + r, mask=r < R, other=0)
+    label, id = tl.load(column + c, mask=c < N, other=0), tl.load(column + N + c, mask=c < N, other=0)
+    same = row_label[:, None] == label[None, :]
+    positive = inside & same & (row_id[:, None] != id[None, :])
+    if MIXED:
+        return positive, positive
+    else:
+        return positive, inside & (row_label[:, None] != label[None, :])
+
+
+@jit
+def _sums(
+    x, v, row, column, limit, sums, R, N, D, pull_scale, pull_base, push_scale, push_base,
+    KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A program owns BM rows: their two sums and two counts, or with KIND 2 their lowest positive and highest negative.
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.full((BM,), float("inf") if KIND == 2 else 0.0, tl.float32)
+    second = tl.full((BM,), float("-inf") if KIND == 2 else 0.0, tl.float32)
+    pulled, pushed = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    for start in range(0, N, BN):
+        c = start + tl.arange(0, BN)
+        s = similarities(x, v, r, c, R, N, D, BM, BN, BK, PRECISION)
+        positive, negative = _pair_masks(row, column, (r < R)[:, None] & (c < N)[None, :], R, N, r, c, MIXED)
+        if KIND == 2:
+            first = tl.minimum(first, tl.min(tl.where(positive, s, float("inf")), 1))
+            second = tl.maximum(second, tl.max(tl.where(negative, s, float("-inf")), 1))
+        else:
+            if MINED:
+                positive = positive & (s < tl.load(limit + r, mask=r < R, other=0.0)[:, None])
+                negative = negative & (s > tl.load(limit + R + r, mask=r < R, other=0.0)[:, None])
+            pull, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+            push = tl.where(negative, push, 0.0)
+            first += tl.sum(tl.where(positive, pull, 0.0), 1)
+            second += tl.sum(push, 1)
+            pulled += tl.sum(positive.to(tl.float32), 1)
+            pushed += tl.sum((push > 0.0).to(tl.float32), 1)
+    tl.store(sums + r, first, mask=r < R)
+    tl.store(sums + R + r, second, mask=r < R)
+    tl.store(sums + 2 * R + r, pulled, mask=r < R)
+    tl.store(sums + 3 * R + r, pushed, mask=r < R)
+
+
+@jit
+def _side(g, s, positive, negative, pull, push, limit, grad, n, at, mask, ROWS: tl.constexpr, MINED: tl.constexpr):
+    """Add to g what the pairs of a tile give to the rows, which lie along its first axis or along its second."""
+    pull_grad, push_grad = tl.load(grad + at, mask=mask, other=0.0), tl.load(grad + n + at, mask=mask, other=0.0)
+    if MINED:
+        below, above = tl.load(limit + at, mask=mask, other=0.0), tl.load(limit + n + at, mask=mask, other=0.0)
+        if ROWS:
+            positive, negative = positive & (s < below[:, None]), negative & (s > above[:, None])
+        else:
+            positive, negative = positive & (s < below[None, :]), negative & (s > above[None, :])
+    if ROWS:
+        pull, push = pull * pull_grad[:, None], push * push_grad[:, None]
+    else:
+        pull, push = pull * pull_grad[None, :], push * push_grad[None, :]
+    return g + tl.where(positive, pull, 0.0) + tl.where(negative, push, 0.0)
+
+
+@jit
+def _gradient(
+    owner, other, owner_is, other_is, owner_limit, other_limit, owner_grad, other_grad, out, n, m, D,
+    pull_scale, pull_base, push_scale, push_base,
+    KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr, AS_ROW: tl.constexpr, AS_COLUMN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A program owns BM vectors of one side, BD of their elements: out = g other, with g (BM, BN) of each tile. The
+    # owners are rows (dx), columns (dv), or both at once where the two sides are the same vectors.
+    o = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    total = tl.zeros((BM, BD), tl.float32)
+    for start in range(0, m, BN):
+        t = start + tl.arange(0, BN)
+        s = similarities(owner, other, o, t, n, m, D, BM, BN, BK, PRECISION)
+        inside = (o < n)[:, None] & (t < m)[None, :]
+        positive, negative = _pair_masks(owner_is, other_is, inside, n, m, o, t, MIXED)
+        pull, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+        g = tl.zeros((BM, BN), tl.float32)
+        if AS_ROW:
+            g = _side(g, s, positive, negative, pull, push, owner_limit, owner_grad, n, o, o < n, True, MINED)
+        if AS_COLUMN:
+            g = _side(g, s, positive, negative, pull, push, other_limit, other_grad, m, t, t < m, False, MINED)
+        vectors = tl.load(other + t.to(tl.int64)[:, None] * D + d[None, :], mask=(t < m)[:, None] & (d < D)[None, :], other=0.0)
+        total = tl.dot(g.to(vectors.dtype), vectors, total, input_precision=PRECISION)
+    at = o.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + at, total, mask=(o < n)[:, None] & (d < D)[None, :])
+
+
+# Products of float32 vectors: see the table at the top. "tf32x3" splits each factor in two and multiplies three times.
+PRECISION = "tf32x3"
+# Block sizes without spills on sm80, sm90 and sm100 by the ahead-of-time reports; not timed. Of float32, else of 16 bits.
+LAUNCH = dict(num_warps=8, num_stages=2)
+SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=64, BN=64, BK=32))
+GRADIENT = (dict(BM=32, BN=32, BK=32, BD=256), dict(BM=64, BN=32, BK=64, BD=256))
+
+
+def _padded(x):
+    """Columns up to a multiple of what a program takes at once: no mask along D, and loads that may be wide."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 64)).contiguous()
+
+
+def _packed(*tensors, dtype):
+    return torch.stack([tensor.to(dtype) for tensor in tensors])
+
+
+def _limits(rows, x):
+    if rows.below is None:
+        return x  # never read
+    return _packed(rows.below, rows.above, dtype=torch.float32)
+
+
+def _triton_sums(x, v, rows, columns, rho, mixed):
+    sums = torch.empty(4, len(x), dtype=torch.float32, device=x.device)
+    x, v = _padded(x), _padded(v)
+    blocks = SUMS[x.dtype != torch.float32]
+    _sums[(triton.cdiv(len(x), blocks["BM"]),)](
+        x, v, _packed(*rows[:2], dtype=torch.int64), _packed(*columns, dtype=torch.int64), _limits(rows, x), sums,
+        len(x), len(v), x.shape[1], *rho[1:],
+        KIND=rho.kind, MIXED=mixed, MINED=rows.below is not None, PRECISION=PRECISION, **blocks, **LAUNCH,
+    )  # fmt: skip
+    return sums
+
+
+def _triton_gradients(x, v, rows, columns, rho, mixed, pull_grad, push_grad):
+    """dx and dv; if v is None, the columns are x itself, and dx is the whole gradient."""
+    width, symmetric = x.shape[1], v is None
+    x, v = _padded(x), _padded(x if v is None else v)
+    row, column = _packed(*rows[:2], dtype=torch.int64), _packed(*columns, dtype=torch.int64)
+    limit, grad = _limits(rows, x), _packed(pull_grad, push_grad, dtype=torch.float32)
+    unused = grad  # in place of arrays that only rows have: never read
+    blocks = GRADIENT[x.dtype != torch.float32]
+
+    def gradient(owner, other, *arguments, as_row, as_column):
+        out = torch.empty(owner.shape, dtype=torch.float32, device=owner.device)
+        grid = (triton.cdiv(len(owner), blocks["BM"]), triton.cdiv(owner.shape[1], blocks["BD"]))
+        _gradient[grid](
+            owner, other, *arguments, out, len(owner), len(other), owner.shape[1], *rho[1:],
+            KIND=rho.kind, MIXED=mixed, MINED=rows.below is not None, AS_ROW=as_row, AS_COLUMN=as_column,
+            PRECISION=PRECISION, **blocks, **LAUNCH,
+        )  # fmt: skip
+        return out[:, :width]
+
+    if symmetric:
+        return gradient(x, x, row, row, limit, limit, grad, grad, as_row=True, as_column=True), None
+    dx = gradient(x, v, row, column, limit, unused, grad, unused, as_row=True, as_column=False)
+    return dx, gradient(v, x, column, row, unused, limit, unused, grad, as_row=False, as_column=True)
+
+
+# -------------------------------------------------------------------------------------------- in public
+
+
+class _PairSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, v, rows, columns, rho, mixed):
+        ctx.save_for_backward(x, v)
+        ctx.rest = rows, columns, rho, mixed
+        ctx.triton = _runs_triton(x)
+        sums = (_triton_sums if ctx.triton else _torch_sums)(x, x if v is None else v, rows, columns, rho, mixed)
+        pull, push, pulled, pushed = sums.unbind()
+        ctx.mark_non_differentiable(pulled, pushed)
+        return pull, push, pulled, pushed
+
+    @staticmethod
+    def backward(ctx, pull_grad, push_grad, *_):
+        x, v = ctx.saved_tensors
+        if ctx.triton:
+            dx, dv = _triton_gradients(x, v, *ctx.rest, pull_grad, push_grad)
+        else:
+            dx, dv = _torch_gradients(x, x if v is None else v, *ctx.rest, pull_grad, push_grad)
+            dx, dv = (dx + dv, None) if v is None else (dx, dv)
+        return dx.to(x.dtype), None if dv is None else dv.to(v.dtype), None, None, None, None
+
+
+def _runs_triton(x):
+    return x.dtype != torch.float64 and use_triton(x)
+
+
+def pair_sums(x, v, rows, columns, rho, mixed=False):
+    """The sums at the top of the file: pull, push, and how many terms of each were not zero, (R,) each.
+
+    x: (R, D) and v: (N, D), of unit length; v None: the columns are the rows. rows: Rows, columns: Columns. Differentiable
+    in x and v. float32, bfloat16 or float16 with float32 sums; float64 by the PyTorch form alone.
+    """
+    if not _runs_triton(x) and x.dtype not in (torch.float32, torch.float64):
+        x, v = x.float(), None if v is None else v.float()
+    return _PairSums.apply(x, v, rows, columns, rho, mixed)
+
+
+@torch.no_grad()
+def extremes(x, v, rows, columns):
+    """The lowest similarity to a positive and the highest to a negative, (R,) each, infinite where there is none."""
+    lowest_positive, highest_negative, *_ = pair_sums(x, v, rows, columns, Rho(EXTREMES))
+    return lowest_positive, highest_negative
+
+
+def ahead_of_time():
+    """What tests/aot.py compiles: every kernel, as it is launched."""
+    cases = []
+    for narrow, kind in enumerate(("*fp32", "*bf16")):
+        types = dict.fromkeys(["x", "v", "owner", "other"], kind)
+        types |= dict.fromkeys(["row", "column", "owner_is", "other_is"], "*i64") | dict.fromkeys("RNDnm", "i32")
+        types |= dict.fromkeys(["limit", "owner_limit", "other_limit", "owner_grad", "other_grad", "sums", "out"], "*fp32")
+        types |= dict.fromkeys(["pull_scale", "pull_base", "push_scale", "push_base"], "fp32")
+        for KIND in (HINGE, EXPONENTIAL, EXTREMES):
+            for kernel, more in (
+                (_sums, SUMS[narrow] | dict(MIXED=False, MINED=KIND == EXPONENTIAL)),
+                (_gradient, GRADIENT[narrow] | dict(MIXED=False, MINED=KIND == EXPONENTIAL, AS_ROW=True, AS_COLUMN=True)),
+            ):
+                if kernel is _gradient and KIND == EXTREMES:
+                    continue
+                constants = dict(KIND=KIND, PRECISION=PRECISION) | more
+                used = {name: types[name] for name in kernel.arg_names if name not in constants}
+                cases.append(dict(kernel=kernel, types=used, constants=constants, plain="RNnm", dot=True) | LAUNCH)
+    return cases
