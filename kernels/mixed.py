@@ -85,7 +85,8 @@ def _sums(
     a = tl.program_id(0)
     pull_sum, push_sum = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     pulled, pushed = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
-    for t in range(tl.load(start + a), tl.load(start + a + 1)):
+    t, end = tl.load(start + a), tl.load(start + a + 1)
+    while t < end:
         p = tl.load(partner + t)
         to_p, label = tl.load(W + a.to(tl.int64) * B + p), tl.load(y + p)
         for first in range(0, B, BN):
@@ -99,6 +100,7 @@ def _sums(
             push_sum += push
             pulled += other.to(tl.float32)
             pushed += (push > 0.0).to(tl.float32)
+        t += 1
     tl.store(sums + a, tl.sum(pull_sum))
     tl.store(sums + A + a, tl.sum(push_sum))
     tl.store(sums + 2 * A + a, tl.sum(pulled))
@@ -115,7 +117,8 @@ def _row_gradient(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     label = tl.load(y + n, mask=n < B, other=0)
     total = tl.zeros((BN,), tl.float32)
-    for t in range(tl.load(start + row), tl.load(start + row + 1)):
+    t, end = tl.load(start + row), tl.load(start + row + 1)
+    while t < end:
         if OF_S:
             a, p = tl.load(partner + t), row.to(tl.int64)
         else:
@@ -129,6 +132,7 @@ def _row_gradient(
             total -= tl.where(square > 1e-12, g * m / square, 0.0) * (lam * (1 - lam))
         else:
             total += g / tl.sqrt_rn(square) * (1 - lam)
+        t += 1
     tl.store(out + row.to(tl.int64) * B + n, total, mask=n < B)
 
 

@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 
 from kernels import jit, tl, triton, use_triton
+from kernels.recall import product
 
 TINY = 1e-12  # under the square root of a distance
 LARGEST_EXPONENT = 70  # e^70 times a million terms is a float32
@@ -98,14 +99,27 @@ def slopes(s, rho):
     return pull.mul_(-rho.pull_scale), push.mul_(rho.push_scale)
 
 
-def _masks(s, rows, columns, r, mixed):
-    """Which pairs of a chunk of rows are in the two sums, as 0.0 and 1.0."""
-    same = rows.label[r, None] == columns.label
-    positive = (same & (rows.id[r, None] != columns.id)).to(s.dtype)
-    negative = positive.clone() if mixed else (~same).to(s.dtype)
-    if rows.below is not None:
-        positive *= s < rows.below[r, None]
-        negative *= s > rows.above[r, None]
+def _coded(rows, columns, like):
+    """Labels and ids as small whole numbers of the similarities' type: floats compare much faster than integers here."""
+    codes = []
+    for one, other in zip(rows[:2], columns):
+        both = torch.cat([one, other]).unique(return_inverse=True)[1].to(like.dtype)
+        codes.append((both[: len(one), None], both[len(one) :]))
+    return codes
+
+
+def _masks(s, codes, r, mixed):
+    """Which pairs of a chunk of rows are positive and negative, as 0.0 and 1.0."""
+    (row, column), (row_id, column_id) = codes
+    same = torch.eq(row[r], column, out=torch.empty_like(s))
+    positive = torch.ne(row_id[r], column_id, out=torch.empty_like(s)).mul_(same)
+    return positive, positive.clone() if mixed else same.neg_().add_(1)
+
+
+def _mine(s, positive, negative, below, above):
+    if below is not None:
+        positive = torch.lt(s, below, out=torch.empty_like(s)).mul_(positive)
+        negative = torch.gt(s, above, out=torch.empty_like(s)).mul_(negative)
     return positive, negative
 
 
@@ -114,30 +128,45 @@ def _chunks(x, v):
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
+def _at(limit, r):
+    return None if limit is None else limit[r, None]
+
+
 def _torch_sums(x, v, rows, columns, rho, mixed):
-    sums = x.new_empty(4, len(x))
+    sums, codes = x.new_empty(4, len(x)), _coded(rows, columns, x)
     for r in _chunks(x, v):
-        s = x[r] @ v.T  # (rows of the chunk, N)
-        positive, negative = _masks(s, rows, columns, r, mixed)
+        s = product(x[r], v)  # (rows of the chunk, N)
+        positive, negative = _masks(s, codes, r, mixed)
         if rho.kind == EXTREMES:
-            sums[0, r] = s.masked_fill(positive == 0, torch.inf).amin(1)
-            sums[1, r] = s.masked_fill(negative == 0, -torch.inf).amax(1)
+            lowest = torch.maximum(s, positive.mul_(-6).add_(3)).amin(1)  # what is not positive becomes 3
+            highest = torch.minimum(s, negative.mul_(6).sub_(3)).amax(1)  # what is not negative, -3
+            sums[0, r], sums[1, r] = lowest.masked_fill_(lowest > 2, torch.inf), highest.masked_fill_(highest < -2, -torch.inf)
             continue
+        positive, negative = _mine(s, positive, negative, _at(rows.below, r), _at(rows.above, r))
         pull, push = terms(s, rho)
-        sums[0, r], sums[1, r] = (pull * positive).sum(1), (push.mul_(negative)).sum(1)
-        sums[2, r], sums[3, r] = positive.sum(1), (push > 0).sum(1)
+        sums[0, r], sums[2, r] = pull.mul_(positive).sum(1), positive.sum(1)
+        sums[1, r], sums[3, r] = push.mul_(negative).sum(1), torch.gt(push, 0, out=negative).sum(1)
     return sums
 
 
 def _torch_gradients(x, v, rows, columns, rho, mixed, pull_grad, push_grad):
-    dx, dv = torch.empty_like(x), torch.zeros_like(v)
+    """dx and dv; if v is None, the columns are x itself, and dx is the whole gradient."""
+    symmetric, v = v is None, x if v is None else v
+    codes, transposed = _coded(rows, columns, x), v.T.contiguous()
+    dx, dv = torch.empty_like(x), None if symmetric else torch.zeros_like(v)
     for r in _chunks(x, v):
-        s = x[r] @ v.T
-        positive, negative = _masks(s, rows, columns, r, mixed)
-        pull, push = slopes(s, rho)
-        g = positive.mul_(pull).mul_(pull_grad[r, None]).add_(negative.mul_(push).mul_(push_grad[r, None]))
-        torch.mm(g, v, out=dx[r])
-        dv.addmm_(g.T, x[r])
+        s = product(x[r], v)
+        same_class, other_class = _masks(s, codes, r, mixed)
+        positive, negative = _mine(s, same_class, other_class, _at(rows.below, r), _at(rows.above, r))
+        pull, push = positive * pull_grad[r, None], negative * push_grad[r, None]
+        if symmetric:  # s[r,c] is s[c,r] as well: add what it is to row c
+            positive, negative = _mine(s, same_class, other_class, rows.below, rows.above)
+            pull.addcmul_(positive, pull_grad), push.addcmul_(negative, push_grad)
+        pull_slope, push_slope = slopes(s, rho)
+        g = pull.mul_(pull_slope).add_(push.mul_(push_slope))
+        dx[r] = product(g, transposed)
+        if not symmetric:
+            dv.addmm_(g.T, x[r])
     return dx, dv
 
 
@@ -280,7 +309,7 @@ def _gradient(
 PRECISION = "tf32x3"
 # Block sizes without spills on sm80, sm90 and sm100 by the ahead-of-time reports; not timed. Of float32, else of 16 bits.
 LAUNCH = dict(num_warps=8, num_stages=2)
-SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=64, BN=64, BK=32))
+SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=32, BN=64, BK=64))
 GRADIENT = (dict(BM=32, BN=32, BK=32, BD=256), dict(BM=64, BN=32, BK=64, BD=256))
 
 
@@ -353,11 +382,8 @@ class _PairSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, pull_grad, push_grad, *_):
         x, v = ctx.saved_tensors
-        if ctx.triton:
-            dx, dv = _triton_gradients(x, v, *ctx.rest, pull_grad, push_grad)
-        else:
-            dx, dv = _torch_gradients(x, x if v is None else v, *ctx.rest, pull_grad, push_grad)
-            dx, dv = (dx + dv, None) if v is None else (dx, dv)
+        gradients = _triton_gradients if ctx.triton else _torch_gradients
+        dx, dv = gradients(x, v, *ctx.rest, pull_grad, push_grad)
         return dx.to(x.dtype), None if dv is None else dv.to(v.dtype), None, None, None, None
 
 
