@@ -4,7 +4,8 @@
 
 A file of kernels is added to FILES; it says what to compile in its own `ahead_of_time()`: a list of dicts
     kernel, types {argument: "*fp32", "i32", ..}, constants {argument: value}, num_warps, num_stages,
-    and if they are not so by default plain=(arguments not known to be divisible by 16), dot=True (tensor cores meant).
+    and if they are not so by default plain=(arguments not known to be divisible by 16), dot=True (tensor cores meant),
+    fp_fusion=False (products are rounded before they are added).
 """
 
 import importlib
@@ -17,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 
-FILES = ("pairwise", "mixed")
+FILES = ("pairwise", "mixed", "mix_pool")
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory a program may take, by compute capability
 
 
-def compile_for(chip, kernel, types, constants, num_warps, num_stages, plain=(), dot=False):
+def compile_for(chip, kernel, types, constants, num_warps, num_stages, plain=(), dot=False, fp_fusion=True):
     """{"registers", "spilled" (bytes), "shared" (bytes), "tensor_cores" (bool), "dot"} of one kernel."""
     import triton
     from triton.backends import nvidia
@@ -36,7 +37,7 @@ def compile_for(chip, kernel, types, constants, num_warps, num_stages, plain=(),
         if name not in plain and not kind.startswith("fp")
     }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, divisible)
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     tools = pathlib.Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
