@@ -2,6 +2,7 @@
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
 # ./run.sh all DATASET [--flag value ..]               the twelve cells of a data set, and a table of them
 # ./run.sh eval RUN_DIR [--split train] [--checkpoint best] [--embeddings]   every metric of a run
+# ./run.sh bench [KERNEL] [--sizes ..] [--json FILE]   time the kernels against what else one could use
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
 set -euo pipefail
@@ -19,12 +20,12 @@ check() {
         [[ $word == -* ]] && return
         (( position < ${#words[@]} )) || fail "unexpected word '$word'"
         [[ " ${words[position]} " == *" $word "* ]] ||
-            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]:-every}, MODE: ${words[2]:-every}, or the words all, eval or test first"
+            fail "unknown ${names[position]} '$word'; DATASET: ${words[0]}, LOSS: ${words[1]:-every}, MODE: ${words[2]:-every}, or the words all, eval, bench or test first"
         position=$((position + 1))
     done
 }
 case ${1:-} in
-    test | eval) ;;
+    test | eval | bench) ;;
     all) words=("${words[0]}"); check "${@:2}" ;;
     *) check "$@" ;;
 esac
@@ -50,5 +51,9 @@ if [[ ${1:-} == test ]]; then
     [[ ${1:-} == --slow ]] && { marked="slow"; shift; }
     cd "$here"
     exec "$python" -m pytest -q -m "$marked" tests "$@"
+fi
+if [[ ${1:-} == bench ]]; then
+    shift
+    PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m kernels.bench "$@"
 fi
 exec "$python" "$here/metrix.py" "$@"
