@@ -62,8 +62,8 @@ class Rho(NamedTuple):
     push_base: float = 0.0
 
     def is_served(self):
-        pull, push = self.pull_scale * (1 + abs(self.pull_base)), self.push_scale * (1 + abs(self.push_base))
-        return self.kind == HINGE or max(pull, push) <= LARGEST_EXPONENT
+        largest = max(self.pull_scale * (1 + self.pull_base), self.push_scale * (1 - self.push_base))  # |s| <= 1
+        return self.kind == HINGE or largest <= LARGEST_EXPONENT
 
 
 class Rows(NamedTuple):

@@ -56,6 +56,7 @@ def value_and_gradients(function, metric, *inputs):
 
 def assert_equal_forms(metric, z, y, tolerance, **switched):
     """Every form in plain PyTorch against itself with attributes of modules switched, {"module.name": value}."""
+    assert metric.rho.is_served()
     v = torch.randn(60, z.shape[1], generator=torch.Generator().manual_seed(2)).to(z)
     for name, function in forms(metric, z, y):
         results = []
