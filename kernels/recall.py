@@ -20,7 +20,8 @@ above and lists the few that are undecided or reach a floor, which PyTorch then 
 list that is too short, as for a collapsed embedding, cuts its block in four, until it holds every pair. Its products
 are true float32 ('ieee'). A bfloat16 sweep of tensor cores would be faster, but it errs by 4e-3 and not by 3e-5 (at
 D=512), where an untrained embedding has hundreds of neighbours a query to compute again, and how tensor cores round
-their sums is written nowhere, so that an error bound, on which exactness rests, could only be guessed.
+their sums is written nowhere, so that an error bound, on which exactness rests, could only be guessed. Memory: the
+rows of a block, its lists, 1/8 of its similarities for a first look at the floors; a collapsed block's in float64.
 
 Shapes: Q queries, G gallery items, D embedding size, N all positives of all queries. Queries and items come in the
 order of their labels. `query` and `gallery` are tensors, or anything that gives rows as a tensor when indexed (a file).

@@ -81,7 +81,7 @@ def test_queries_may_be_part_of_the_gallery_or_none_of_it(shape, block, triton_d
 
 def test_embeddings_may_lie_in_memory_in_any_order(triton_device):
     _, z, y = next(shapes())
-    z, y = z.T.contiguous().T.to(triton_device), y.to(triton_device)
+    z, y = z[:, :96].T.contiguous().T.to(triton_device), y.to(triton_device)  # 96: nothing is padded, which would copy
     check_counts(z, y, z, y, 0, False)
     assert torch.equal(top_k(z, k=3)[1], (z @ z.T).topk(3).indices)
 
