@@ -38,6 +38,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 from kernels import recall
+from kernels.top_k import top_k
 
 PAIRS = 2**22  # positives held at a time: queries with more are ranked in blocks
 
@@ -385,15 +386,14 @@ def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, 
     drawn = np.random.default_rng(0).permutation(len(rest))[:SHEET_ROWS]
     chosen = torch.cat([worst, rest[torch.from_numpy(drawn)]])
 
-    sim = query[chosen] @ gallery.T
-    if itself:
-        sim[torch.arange(len(chosen)), chosen] = -torch.inf
-    nearest = sim.topk(min(SHEET_NEIGHBOURS, len(gallery) - itself), dim=1).indices
+    shown = min(SHEET_NEIGHBOURS, len(gallery) - itself)
+    _, nearest = top_k(query[chosen], gallery, shown + itself)
+    nearest = [[g for g in items if not (itself and g == q)][:shown] for q, items in zip(chosen.tolist(), nearest.tolist())]
 
     cell, gap = SHEET_CELL, SHEET_CELL // 2
-    sheet = Image.new("RGB", (gap + (1 + nearest.shape[1]) * cell, len(chosen) * cell + 2 * TITLE), "white")
+    sheet = Image.new("RGB", (gap + (1 + shown) * cell, len(chosen) * cell + 2 * TITLE), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (q, items) in enumerate(zip(chosen.tolist(), nearest.tolist())):
+    for row, (q, items) in enumerate(zip(chosen.tolist(), nearest)):
         top = row * cell + (TITLE if row < len(worst) else 2 * TITLE)
         _paste(sheet, query_paths[q], (0, top), "black")
         for column, g in enumerate(items):
