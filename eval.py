@@ -37,21 +37,21 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-from kernels import recall
+from kernels import product, recall
 from kernels.top_k import top_k
 
 PAIRS = 2**22  # positives held at a time: queries with more are ranked in blocks
 
 
 def embed_all(model, loader, device):
-    """Embeddings (N, D) and labels (N,) of a loader's images, in its order, on the CPU."""
+    """Embeddings (N, D) and labels (N,) of a loader's images, in its order, on the device."""
     model.eval()
     embeddings, labels = [], []
     with torch.no_grad():
         for images, y in loader:
             images = images.to(device, memory_format=torch.channels_last)
-            embeddings.append(model(images).float().cpu())
-            labels.append(y)
+            embeddings.append(model(images).float())
+            labels.append(y.to(device))
     return torch.cat(embeddings), torch.cat(labels)
 
 
@@ -234,7 +234,7 @@ def utilization(test, train):
 
 
 def _square_distances(a, b):
-    distance = recall.product(a, b).mul_(-2).add_(a.square().sum(1)[:, None]).add_(b.square().sum(1))
+    distance = product(a, b).mul_(-2).add_(a.square().sum(1)[:, None]).add_(b.square().sum(1))
     return distance.clamp_min_(0)
 
 

@@ -542,7 +542,7 @@ def evaluate_run(arguments):
         write_sheet(out, ranking, embedded, chosen)
         if arguments["embeddings"]:
             names = ("embeddings", "labels", "gallery_embeddings", "gallery_labels")
-            arrays = dict(zip(names, (x.numpy() for x in itertools.chain(*embedded)))) | dict(train_embeddings=train[0].numpy())
+            arrays = dict(zip(names, (x.cpu().numpy() for x in itertools.chain(*embedded)))) | dict(train_embeddings=train[0].cpu().numpy())
             with replacing(f"{out}/embeddings.npz") as name, open(name, "wb") as file:
                 np.savez(file, **arrays)
         with replacing(f"{out}/eval.json") as name, open(name, "w") as file:

@@ -30,3 +30,15 @@ def use_triton(tensor):
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError("--kernels triton: no GPU; TRITON_INTERPRET=1 in front of the command runs it, slowly, on the CPU")
     return choice == "triton"
+
+
+def product(rows, cols):
+    """rows @ cols.T, float32 in full precision whatever the caller has set; oneDNN halves the time on AMD processors."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            return torch.ops.mkldnn._linear_pointwise(rows, cols, None, "none", [], "")
+        return rows @ cols.T
+    finally:
+        torch.set_float32_matmul_precision(before)

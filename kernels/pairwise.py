@@ -43,8 +43,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import jit, tl, triton, use_triton
-from kernels.recall import product
+from kernels import jit, product, tl, triton, use_triton
 
 TINY = 1e-12  # under the square root of a distance
 LARGEST_EXPONENT = 70  # e^70 times a million terms is a float32
@@ -309,7 +308,7 @@ def _gradient(
 PRECISION = "tf32x3"
 # Block sizes without spills on sm80, sm90 and sm100 by the ahead-of-time reports; not timed. Of float32, else of 16 bits.
 LAUNCH = dict(num_warps=8, num_stages=2)
-SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=32, BN=64, BK=64))
+SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=64, BN=32, BK=64))
 GRADIENT = (dict(BM=32, BN=32, BK=32, BD=256), dict(BM=64, BN=32, BK=64, BD=256))
 
 

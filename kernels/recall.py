@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import jit, tl, use_triton
+from kernels import jit, product, tl, use_triton
 
 TILE = 1024  # rows and columns of similarities at a time; 4 MiB
 BLOCK, CAP = 8192, 2**22  # the Triton form: rows and columns at a time, pairs it can list; the lists take 64 MiB
@@ -269,18 +269,6 @@ def _tile(tally, rows, cols, own):
 
 def _moved(at, by):
     return slice(at.start + by, at.stop + by)
-
-
-def product(rows, cols):
-    """rows @ cols.T, float32 in full precision whatever the caller has set; oneDNN halves the time on AMD processors."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            return torch.ops.mkldnn._linear_pointwise(rows, cols, None, "none", [], "")
-        return rows @ cols.T
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # -------------------------------------------------------------------------------------- blocks, in Triton

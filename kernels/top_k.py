@@ -14,8 +14,8 @@ Shapes: Q queries, G gallery items, D embedding size.
 
 import torch
 
-from kernels import jit, tl, use_triton
-from kernels.recall import TILE, product, slices
+from kernels import jit, product, tl, use_triton
+from kernels.recall import TILE, slices
 
 LARGEST = 128  # k in the Triton form
 LOWEST = -(2**63)
