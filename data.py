@@ -16,14 +16,15 @@ All randomness of an epoch follows from (seed, epoch), that of an augmentation f
 the same images whatever the number of workers.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
 import warnings
+from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -502,7 +503,7 @@ def train_loader(split, batches, image_size, min_crop, num_workers):
     """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area."""
     shape, flip = transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()
     if split.cache:
-        return _cached_loader(split, RandomBoxes(shape, flip), batches, image_size, num_workers)
+        return CachedLoader(split, RandomBoxes(shape, flip), batches, image_size, num_workers)
     return _loader(split, [shape, flip], batches, num_workers)
 
 
@@ -511,7 +512,7 @@ def test_loader(split, batch_size, image_size, num_workers):
     order = [(index, 0) for index in range(len(split))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if split.cache:
-        return _cached_loader(split, CentreBoxes(resized(image_size), image_size), batches, image_size, num_workers)
+        return CachedLoader(split, CentreBoxes(resized(image_size), image_size), batches, image_size, num_workers)
     return _loader(split, [transforms.Resize(resized(image_size)), transforms.CenterCrop(image_size)], batches, num_workers)
 
 
@@ -557,9 +558,6 @@ class Cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a tensor cannot be marked as read-only, which the map is
             self.pixels = torch.from_numpy(np.memmap(file, np.uint8, "r"))
-
-    def __reduce__(self):  # a worker that is not forked maps the file again, rather than being sent its bytes
-        return Cache, (self.file, self.offsets, self.sizes, self.originals)
 
 
 def with_cache(splits, dataset, root, limit, num_workers, device="cpu", watch=iter):
@@ -707,52 +705,47 @@ class CentreBoxes:
         return boxes * np.tile(sizes / longer, 2), np.zeros(len(sizes), bool)
 
 
-class Views(torch.utils.data.Dataset):
-    """Item, for a batch of (index, seed): where the images are in the cache, what of them to show, and their labels."""
+class CachedLoader:
+    """(images (B, 3, size, size), labels (B,)) of batches of (index, seed), cropped where the pixels are.
 
-    def __init__(self, split, boxes, size):
-        self.cache, self.labels, self.boxes, self.size = split.cache, np.asarray(split.labels), boxes, size
+    On a CPU by `num_workers` threads, some batches ahead: PyTorch works outside Python's lock, and the images need not
+    be sent from one process to another, which would take longer than to make them.
+    """
 
-    def __getitem__(self, batch):
+    def __init__(self, split, boxes, batches, size, num_workers):
+        self.cache, self.labels, self.boxes, self.batches, self.size = split.cache, torch.tensor(split.labels), boxes, batches, size
+        self.num_workers = 0 if self.cache.pixels.is_cuda else num_workers
+
+    def __iter__(self):
+        if not self.num_workers:
+            for batch in self.batches:
+                yield self.show(*self.views(batch))
+            return
+        threads, waiting = torch.get_num_threads(), collections.deque()
+        try:
+            with futures.ThreadPoolExecutor(self.num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for batch in self.batches:
+                    waiting.append(pool.submit(self.show, *self.views(batch)))
+                    if len(waiting) > 2 * self.num_workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+        finally:
+            torch.set_num_threads(threads)  # of threads to come: this one has kept its number
+
+    def views(self, batch):
+        """Where the images lie, what of them to show, as `crop` takes it, and their labels."""
         index, seeds = (list(column) for column in zip(*batch))
         sizes, originals = self.cache.sizes[index], self.cache.originals[index]
         boxes, flips = self.boxes(originals, seeds)
         # In this order a border of an image stays one in floating point, and nothing moves where nothing was shrunk.
         boxes = boxes * np.tile(sizes, 2) / np.tile(originals, 2)
         views = (self.cache.offsets[index], sizes.astype(np.int32), boxes, flips)
-        return tuple(map(torch.from_numpy, views)), torch.from_numpy(self.labels[index])
+        return [torch.from_numpy(column) for column in views], self.labels[index]
 
-    def show(self, views, out=None):
-        return crop(self.cache.pixels, *views, self.size, IMAGENET_MEAN, IMAGENET_STD, self.boxes.within, out)
-
-
-class Shown(Views):
-    """Item: the views as images (B, 3, size, size) themselves, and the labels."""
-
-    def __getitem__(self, batch):
-        views, labels = super().__getitem__(batch)
-        out = None
-        if torch.utils.data.get_worker_info():  # write where the main process reads, as DataLoader's own batches are
-            shape = (len(labels), self.size, self.size, 3)
-            memory = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-            out = torch.empty(0).set_(memory, 0, shape).permute(0, 3, 1, 2)
-        return self.show(views, out), labels
-
-
-class ShownOnDevice:
-    """Loader of the same where the pixels are on a GPU: workers choose the views, the GPU makes the images of them."""
-
-    def __init__(self, views, loader):
-        self.views, self.loader = views, loader
-
-    def __iter__(self):
-        device = self.views.cache.pixels.device
-        for views, labels in self.loader:
-            yield self.views.show([column.to(device, non_blocking=True) for column in views]), labels
-
-
-def _cached_loader(split, boxes, batches, size, num_workers):
-    resident = split.cache.pixels.is_cuda
-    views = (Views if resident else Shown)(split, boxes, size)
-    loader = _in_workers(views, num_workers, sampler=batches, batch_size=None)
-    return ShownOnDevice(views, loader) if resident else loader
+    def show(self, views, labels):
+        pixels, out = self.cache.pixels, None
+        if not pixels.is_cuda:  # NumPy asks for huge pages, which makes touching fresh memory several times faster
+            out = torch.from_numpy(np.empty((len(labels), self.size, self.size, 3), np.float32)).permute(0, 3, 1, 2)
+        views = [column.to(pixels.device, non_blocking=True) for column in views]
+        return crop(pixels, *views, self.size, IMAGENET_MEAN, IMAGENET_STD, self.boxes.within, out), labels

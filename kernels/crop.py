@@ -109,16 +109,20 @@ def _crop_kernel(
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     weights = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tap_x in range(taps_x):
+    tap_x = 0
+    while tap_x < taps_x:  # Triton 3.6 does not interpret range() of a computed number under NumPy 2.4
         px = first_x + tap_x
         weight_x = tl.where(px < width, tl.maximum(1 - tl.abs(px + 0.5 - centre_x) / reach_x, 0.0), 0.0)
         line = corner + (3 * px + channel).to(tl.int64) * pitch
-        for tap_y in range(taps_y):
+        tap_y = 0
+        while tap_y < taps_y:
             py = first_y + tap_y
             weight_y = tl.where(py < height, tl.maximum(1 - tl.abs(py + 0.5 - centre_y) / reach_y, 0.0), 0.0)
             weight = weight_x * weight_y
             total += weight * tl.load(line + py, mask=weight > 0, other=0).to(tl.float32)
             weights += weight
+            tap_y += 1
+        tap_x += 1
 
     scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
     shift = tl.where(channel == 0, shift0, tl.where(channel == 1, shift1, shift2))

@@ -4,7 +4,6 @@ import collections
 import errno
 import filecmp
 import pathlib
-import pickle
 
 import numpy as np
 import pytest
@@ -319,8 +318,3 @@ def test_a_full_disk_is_told_with_the_file(photos):
     assert str(error.value).startswith(f"{cache_file(photos)}: cannot be written")
     assert list(cache_file(photos).parent.iterdir()) == []
 
-
-def test_a_cache_travels_to_workers_by_name(photos):
-    cache = cached(photos).test.cache
-    sent = pickle.dumps(cache)
-    assert len(sent) < 2000 and torch.equal(pickle.loads(sent).pixels, cache.pixels)
