@@ -13,7 +13,7 @@ images, and a class in it a directory that directly holds some; `toy` is generat
     ROOT/../CLASS/IMAGE        the first half of the sorted classes trains, the second half tests
 
 All randomness of an epoch follows from (seed, epoch), that of an augmentation from the seed drawn for it with its index:
-the same images whatever the number of workers.
+the same images whatever the number of workers, and the same boxes from a cache as from the files.
 """
 
 import collections
@@ -713,7 +713,8 @@ class CachedLoader:
     """
 
     def __init__(self, split, boxes, batches, size, num_workers):
-        self.cache, self.labels, self.boxes, self.batches, self.size = split.cache, torch.tensor(split.labels), boxes, batches, size
+        self.cache, self.labels = split.cache, torch.tensor(split.labels)
+        self.boxes, self.batches, self.size = boxes, batches, size
         self.num_workers = 0 if self.cache.pixels.is_cuda else num_workers
 
     def __iter__(self):

@@ -101,7 +101,7 @@ class Config:
     min_crop: float = option(0.08, "least share of an image's area that a training crop keeps", least=0.01, most=1)
 
     data_root: str = option("data", "where the data set is")
-    # decode by default: the paper's pixels, and nothing is written beside the data unasked; a cache takes about 0.4 MB an image.
+    # decode by default: the paper's pixels, and no gigabytes (0.4 MB an image) are written beside the data unasked
     data_path: str = option("decode", "decode: images from their files every time; cache: decoded once", choices=data.PATHS)
     cache_size: int = option(320, "pixels of an image's shorter side in the cache; smaller images stay as they are", least=32)
     out: str = option("", "where the run is written; empty: runs/DATASET-LOSS-MODE-seedN")
@@ -186,8 +186,8 @@ def check(config):
         fail(f"--batch-size {size} is less than two classes of {per_class}; it must be at least {2 * per_class}")
     if per_class and size % per_class:
         fail(f"--images-per-class {per_class} does not divide --batch-size {size}; {size - size % per_class} would do")
-    if config.data_path == "cache" and config.cache_size < data.resized(config.image_size):
-        fail(f"--cache-size {config.cache_size} is less than {data.resized(config.image_size)}, to which images are resized to be tested")
+    if config.data_path == "cache" and config.cache_size < (least := data.resized(config.image_size)):
+        fail(f"--cache-size {config.cache_size} is less than {least}, to which images are resized to be tested")
     if config.weights == "imagenet" and config.net != "resnet50":
         fail(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
     if config.device == "auto":
