@@ -4,6 +4,7 @@
                              the classes to train on never overlap the others
     train_loader(...)     random-resized-crop + flip, shuffled or class-balanced batches
     test_loader(...)      resize + centre crop, in order
+    with_cache(...)       the same splits, whose loaders then crop from images that were decoded once
 
 cub, cars, sop and inshop are read from their own lists, in every layout they are found in. A folder is any tree of
 images, and a class in it a directory that directly holds some; `toy` is generated once and then read like it:
@@ -12,19 +13,27 @@ images, and a class in it a directory that directly holds some; `toy` is generat
     ROOT/../CLASS/IMAGE        the first half of the sorted classes trains, the second half tests
 
 All randomness of an epoch follows from (seed, epoch), that of an augmentation from the seed drawn for it with its index:
-the same images whatever the number of workers.
+the same images whatever the number of workers, and the same boxes from a cache as from the files.
 """
 
+import collections
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+import warnings
+from concurrent import futures
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
+
+from kernels.crop import crop
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,6 +51,7 @@ class Split:
     paths: list  # of N file names
     labels: list  # of N ints, 0 .. len(classes)-1
     classes: list  # of names
+    cache: "Cache" = None  # of the images, if they are not to be decoded again and again
 
     def __len__(self):
         return len(self.paths)
@@ -413,6 +423,8 @@ DATASETS = {
 
 # ------------------------------------------------------------------------------------------- batches
 
+PATHS = ("decode", "cache")  # the ways from image files to batches
+
 
 class Images(torch.utils.data.Dataset):
     """(image (3, size, size), label) of item (index, seed); the seed is that of the augmentation."""
@@ -489,24 +501,252 @@ class TrainBatches:
 
 def train_loader(split, batches, image_size, min_crop, num_workers):
     """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area."""
-    steps = [transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()]
-    return _loader(split, steps, batches, num_workers)
+    shape, flip = transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()
+    if split.cache:
+        return CachedLoader(split, RandomBoxes(shape, flip), batches, image_size, num_workers)
+    return _loader(split, [shape, flip], batches, num_workers)
 
 
 def test_loader(split, batch_size, image_size, num_workers):
     """Every image of a split in order: the shorter side to 256/224 of the size, then its centre."""
-    steps = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
     order = [(index, 0) for index in range(len(split))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return _loader(split, steps, batches, num_workers)
+    if split.cache:
+        return CachedLoader(split, CentreBoxes(resized(image_size), image_size), batches, image_size, num_workers)
+    return _loader(split, [transforms.Resize(resized(image_size)), transforms.CenterCrop(image_size)], batches, num_workers)
+
+
+def resized(image_size):
+    """The shorter side of an image before its centre is cropped to test."""
+    return round(image_size * 256 / 224)
 
 
 def _loader(split, steps, batches, num_workers):
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return _in_workers(Images(split, transform), num_workers, batch_sampler=batches)
+
+
+def _in_workers(dataset, num_workers, **items):
     return torch.utils.data.DataLoader(
-        Images(split, transform),
-        batch_sampler=batches,
+        dataset,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        **items,
     )
+
+
+# --------------------------------------------------------------------------------------------- cache
+#
+# A file of decoded images: their pixels end to end as kernels/crop.py reads them, a table of their sizes here and in
+# the data set (int32 (N, 4)), and a seal, the SHA-256 of what the file was made of and of the table. A file without the
+# seal that is expected is of other images, another size limit or version, or not whole.
+
+CACHE_VERSION = 1  # of the file and of what is done to the images: a change makes every cache stale
+DECODED_TOGETHER = 16  # images that a worker hands over at once
+
+
+class Cache:
+    """Decoded images: uint8 (width, 3, height) each, from offsets[n] in `pixels`.
+
+    pixels: (P,), mapped from the file, which other splits may share, or in a GPU's memory
+    sizes, originals: int64 (N, 2), heights and widths, here and in the data set
+    """
+
+    def __init__(self, file, offsets, sizes, originals):
+        self.file, self.offsets, self.sizes, self.originals = file, offsets, sizes, originals
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a tensor cannot be marked as read-only, which the map is
+            self.pixels = torch.from_numpy(np.memmap(file, np.uint8, "r"))
+
+
+def with_cache(splits, dataset, root, limit, num_workers, device="cpu", watch=iter):
+    """The splits with their images decoded once, in full, and shrunk to `limit` pixels of the shorter side.
+
+    The file is ROOT/.metrix-cache/DATASET-LIMIT, or where that cannot be written ./data/cache/HASH/DATASET-LIMIT; it is
+    built if it is not there or stale. watch: is given the (pixels, sizes) of some images at a time, and passes them on.
+    On a GPU the pixels are moved to its memory if they take half of what is free at most; else they are streamed.
+    Raises UnreadableImage, or OSError that names the file, if it cannot be written.
+    """
+    paths = [path for split in splits for path in split.paths]
+    stats = [os.stat(path) for path in paths]
+    images = [(os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
+    source = json.dumps([CACHE_VERSION, limit, images]).encode()
+    elsewhere = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    files = [os.path.join(place, f"{dataset}-{limit}") for place in (f"{root}/.metrix-cache", f"data/cache/{elsewhere}")]
+    for file in files:
+        if (table := read_cache_table(file, source, len(paths))) is not None:
+            break
+    else:
+        file, table = build_cache(files, source, paths, limit, num_workers, watch)
+
+    sizes, originals = table[:, :2], table[:, 2:]
+    offsets = np.cumsum(3 * sizes.prod(1)) - 3 * sizes.prod(1)
+    ends = np.cumsum([len(split) for split in splits])
+    parts = [slice(end - len(split), end) for split, end in zip(splits, ends)]
+    caches = [Cache(file, offsets[part], sizes[part], originals[part]) for part in parts]
+    if torch.device(device).type == "cuda" and 2 * len(caches[0].pixels) <= torch.cuda.mem_get_info(device)[0]:
+        resident = caches[0].pixels.to(device)
+        for cache in caches:
+            cache.pixels = resident
+    return type(splits)(*(replace(split, cache=cache) for split, cache in zip(splits, caches)))
+
+
+def read_cache_table(file, source, count):
+    """Sizes here and in the data set of the `count` images of a cache, int64 (count, 4); None if it is not to be used."""
+    try:
+        with open(file, "rb") as stored:
+            length = stored.seek(0, os.SEEK_END)
+            stored.seek(max(0, length - 16 * count - 32))
+            table, seal = stored.read(16 * count), stored.read()
+    except OSError:  # not there, or not ours to read
+        return None
+    if hashlib.sha256(source + table).digest() == seal:
+        sizes = np.frombuffer(table, np.int32).reshape(count, 4).astype(np.int64)
+        if 3 * sizes[:, :2].prod(1).sum() + len(table) + len(seal) == length:
+            return sizes
+    print(f"{file}: of other images or settings, or not whole; building it again", flush=True)
+    return None
+
+
+def build_cache(files, source, paths, limit, num_workers, watch):
+    """Write the first of the files that can be written. Returns its name and table.
+
+    It has its name only when it is whole. A killed build leaves a file *.unfinished-PID, which nobody reads.
+    """
+    for file in files:
+        unfinished = f"{file}.unfinished-{os.getpid()}"
+        try:
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            out = open(unfinished, "wb")
+            break
+        except OSError as error:
+            reason = f"{file}: cannot be written ({error.strerror})"
+            if file is files[-1]:
+                raise OSError(f"{reason}; --data-path decode needs no cache") from None
+            print(f"{reason}; using {files[-1]}", flush=True)
+    try:
+        table = []
+        with out:
+            for pixels, sizes in watch(_in_workers(Decoded(paths, limit), num_workers, batch_size=None)):
+                out.write(pixels.numpy())
+                table.append(sizes.numpy())
+            table = np.concatenate(table)
+            out.write(table)
+            out.write(hashlib.sha256(source + table.tobytes()).digest())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(unfinished, file)
+    except UnreadableImage:
+        raise
+    except OSError as error:
+        raise OSError(f"{file}: cannot be written ({error.strerror}); --data-path decode needs no cache") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)
+    return file, table.astype(np.int64)
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Item: the next few images, pixels uint8 (P,) and heights and widths, shrunk and not, int32 (n, 4)."""
+
+    def __init__(self, paths, limit):
+        self.paths, self.limit = paths, limit
+
+    def __len__(self):
+        return -(-len(self.paths) // DECODED_TOGETHER)
+
+    def __getitem__(self, item):
+        pixels, sizes = [], []
+        for path in self.paths[item * DECODED_TOGETHER : (item + 1) * DECODED_TOGETHER]:
+            image = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)  # (3, height, width)
+            whole = image.shape[1:]
+            if (shorter := min(whole)) > self.limit:  # bicubic: the bilinear filter would blur what a crop shows later
+                size = [round(side * self.limit / shorter) for side in whole]
+                image = torch.nn.functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+            pixels.append(image.permute(2, 0, 1).reshape(-1))  # (width, 3, height)
+            sizes.append((*image.shape[1:], *whole))
+        return torch.cat(pixels), torch.tensor(sizes, dtype=torch.int32)
+
+
+class RandomBoxes:
+    """What the two transforms would do to these images if they were decoded, by their own code and random numbers."""
+
+    within = True  # the box is cut out, then resized
+
+    def __init__(self, shape, flip):
+        self.shape, self.flip = shape, flip
+
+    def __call__(self, sizes, seeds):
+        """Boxes (B, 4), top, left, bottom, right, and flips (B,). sizes: heights and widths (B, 2)."""
+        boxes, flips = [], []
+        with torch.random.fork_rng(devices=[]):
+            for (height, width), seed in zip(sizes.tolist(), seeds):
+                torch.default_generator.manual_seed(seed)
+                image = torch.empty(3, height, width, device="meta")
+                top, left, height, width = self.shape.get_params(image, self.shape.scale, self.shape.ratio)
+                boxes.append((top, left, top + height, left + width))
+                flips.append(bool(torch.rand(1) < self.flip.p))
+        return np.array(boxes, np.float64), np.array(flips)
+
+
+class CentreBoxes:
+    """The centre of images whose shorter side is resized to `resized`, where torchvision's rounding puts it."""
+
+    within = False  # resized, then cut out
+
+    def __init__(self, resized, size):
+        self.resized, self.size = resized, size
+
+    def __call__(self, sizes, seeds):
+        longer = np.floor(self.resized * sizes / sizes.min(1, keepdims=True))  # exact for the shorter side too
+        corner = np.round((longer - self.size) / 2)
+        boxes = np.concatenate([corner, corner + self.size], axis=1)
+        return boxes * np.tile(sizes / longer, 2), np.zeros(len(sizes), bool)
+
+
+class CachedLoader:
+    """(images (B, 3, size, size), labels (B,)) of batches of (index, seed), cropped where the pixels are.
+
+    On a CPU by `num_workers` threads, some batches ahead: PyTorch works outside Python's lock, and the images need not
+    be sent from one process to another, which would take longer than to make them.
+    """
+
+    def __init__(self, split, boxes, batches, size, num_workers):
+        self.cache, self.labels = split.cache, torch.tensor(split.labels)
+        self.boxes, self.batches, self.size = boxes, batches, size
+        self.num_workers = 0 if self.cache.pixels.is_cuda else num_workers
+
+    def __iter__(self):
+        if not self.num_workers:
+            for batch in self.batches:
+                yield self.show(*self.views(batch))
+            return
+        threads, waiting = torch.get_num_threads(), collections.deque()
+        try:
+            with futures.ThreadPoolExecutor(self.num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for batch in self.batches:
+                    waiting.append(pool.submit(self.show, *self.views(batch)))
+                    if len(waiting) > 2 * self.num_workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+        finally:
+            torch.set_num_threads(threads)  # of threads to come: this one has kept its number
+
+    def views(self, batch):
+        """Where the images lie, what of them to show, as `crop` takes it, and their labels."""
+        index, seeds = (list(column) for column in zip(*batch))
+        sizes, originals = self.cache.sizes[index], self.cache.originals[index]
+        boxes, flips = self.boxes(originals, seeds)
+        # In this order a border of an image stays one in floating point, and nothing moves where nothing was shrunk.
+        boxes = boxes * np.tile(sizes, 2) / np.tile(originals, 2)
+        views = (self.cache.offsets[index], sizes.astype(np.int32), boxes, flips)
+        return [torch.from_numpy(column) for column in views], self.labels[index]
+
+    def show(self, views, labels):
+        pixels, out = self.cache.pixels, None
+        if not pixels.is_cuda:  # NumPy asks for huge pages, which makes touching fresh memory several times faster
+            out = torch.from_numpy(np.empty((len(labels), self.size, self.size, 3), np.float32)).permute(0, 3, 1, 2)
+        views = [column.to(pixels.device, non_blocking=True) for column in views]
+        return crop(pixels, *views, self.size, IMAGENET_MEAN, IMAGENET_STD, self.boxes.within, out), labels

@@ -102,6 +102,9 @@ class Config:
     min_crop: float = option(0.08, "least share of an image's area that a training crop keeps", least=0.01, most=1)
 
     data_root: str = option("data", "where the data set is")
+    # decode by default: the paper's pixels, and no gigabytes (0.4 MB an image) are written beside the data unasked
+    data_path: str = option("decode", "decode: images from their files every time; cache: decoded once", choices=data.PATHS)
+    cache_size: int = option(320, "pixels of an image's shorter side in the cache; smaller images stay as they are", least=32)
     out: str = option("", "where the run is written; empty: runs/DATASET-LOSS-MODE-seedN")
     seed: int = option(0, "of everything random", least=0)
     num_workers: int = option(min(4, os.cpu_count() or 1), "processes that load images; the result is the same", least=0)
@@ -185,6 +188,8 @@ def check(config):
         fail(f"--batch-size {size} is less than two classes of {per_class}; it must be at least {2 * per_class}")
     if per_class and size % per_class:
         fail(f"--images-per-class {per_class} does not divide --batch-size {size}; {size - size % per_class} would do")
+    if config.data_path == "cache" and config.cache_size < (least := data.resized(config.image_size)):
+        fail(f"--cache-size {config.cache_size} is less than {least}, to which images are resized to be tested")
     if config.weights == "imagenet" and config.net != "resnet50":
         fail(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
     if config.device == "auto":
@@ -281,6 +286,7 @@ def run(config):
         metric.to(config.device)
         optimizer = make_optimizer(model, metric, config)
         log = open_run(config, splits, model, metric, optimizer)
+        splits = cached(splits, config)
 
     loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
     held_out = splits[1:]  # test, or query and gallery
@@ -309,6 +315,21 @@ def run(config):
             save_epoch(config, log, model, metric, optimizer)
             write_sheet(config.out, ranking, embedded, held_out)
     return log
+
+
+def cached(splits, config):
+    """The splits, with --data-path cache set to come from it."""
+    if config.data_path == "decode":
+        return splits
+
+    def watch(chunks):
+        progress = Progress(sum(map(len, splits)))
+        progress.begin("decoding the images")
+        yield from progress.of(chunks)
+        progress.end(f"decoded {progress.images} images")
+
+    root, size = config.data_root, config.cache_size
+    return data.with_cache(splits, config.dataset, root, size, config.num_workers, config.device, watch)
 
 
 def embed(model, split, config, progress):
@@ -524,7 +545,7 @@ def evaluate_run(arguments):
     config.num_workers = config.num_workers if arguments["num_workers"] is None else arguments["num_workers"]
     check(config)
     with told_in_one_line(ValueError, OSError):
-        splits = data.load(config.dataset, config.data_root)
+        splits = cached(data.load(config.dataset, config.data_root), config)
         model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
         state = models.read_checkpoint(f"{out}/{arguments['checkpoint']}.pt")
         try:

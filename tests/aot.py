@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-FILES = ("pairwise", "mixed", "mix_pool", "recall", "top_k")
+FILES = ("pairwise", "mixed", "mix_pool", "recall", "top_k", "crop")
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory a program may take, by compute capability
 
 

@@ -1,6 +1,7 @@
 """Folders, the toy set, and batches."""
 
 import collections
+import errno
 import filecmp
 import pathlib
 
@@ -164,3 +165,156 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path, write_tree, num_work
     with pytest.raises(data.UnreadableImage) as error:
         list(data.test_loader(split, 2, 32, num_workers))
     assert str(error.value).startswith(f"{broken}: cannot be read") and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of smooth pictures of many shapes and modes, the first eight of which a limit of 48 leaves as they are."""
+    rng = np.random.default_rng(0)
+    shapes = [(48, 48), (40, 60), (90, 48), (31, 37), (1, 1), (48, 70), (20, 80), (45, 33), (64, 96), (100, 72), (49, 49), (61, 200)]
+    for n, (height, width) in enumerate(shapes):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        directory = tmp_path / "photos" / f"class{n // 2}"
+        directory.mkdir(parents=True, exist_ok=True)
+        coarse.resize((width, height), Image.BICUBIC).convert("L" if n % 3 == 0 else "RGB").save(directory / f"{n:02}.png")
+    return tmp_path / "photos"
+
+
+def cached(root, limit=48, **options):
+    return data.with_cache(data.load("folder", str(root)), "folder", str(root), limit, 0, **options)
+
+
+def cache_file(root, limit=48):
+    return root / ".metrix-cache" / f"folder-{limit}"
+
+
+def test_a_cache_holds_the_pixels(photos):
+    for split in cached(photos):
+        cache = split.cache
+        for n, path in enumerate(split.paths):
+            image = np.asarray(data.open_image(path))
+            height, width = cache.sizes[n]
+            assert tuple(cache.originals[n]) == image.shape[:2]
+            stored = cache.pixels[cache.offsets[n] :][: 3 * height * width].view(width, 3, height).permute(2, 0, 1).numpy()
+            if min(image.shape[:2]) <= 48:
+                np.testing.assert_array_equal(stored, image)
+            else:
+                assert min(height, width) == 48
+                shrunk = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+                np.testing.assert_allclose(stored, shrunk.astype(int), atol=2)  # both round twice
+
+
+@pytest.mark.parametrize("limit, largest, mean", [(200, 1.01, 0.35), (48, 24, 1.0)])
+def test_cached_batches_are_the_decoded_ones_up_to_rounding_and_the_limit(photos, limit, largest, mean):
+    """The same boxes and flips: without shrinking, Pillow's rounding to whole shades, twice, is all that differs."""
+    plain, fast = data.load("folder", str(photos)), cached(photos, limit)
+    for loaders in (
+        [data.train_loader(s.train, data.TrainBatches(s.train.labels, 6, 0, seed=3), 32, 0.1, 0) for s in (plain, fast)],
+        [data.test_loader(s.test, 4, 32, 0) for s in (plain, fast)],
+    ):
+        for (decoded, y), (cached_images, cached_y) in zip(*loaders, strict=True):
+            assert torch.equal(y, cached_y) and decoded.shape == cached_images.shape
+            error = 255 * torch.tensor(data.IMAGENET_STD)[:, None, None] * (decoded - cached_images).abs()
+            assert error.max() < largest and error.mean() < mean
+
+
+def test_cached_batches_do_not_depend_on_workers(photos):
+    loaded = []
+    for num_workers in (0, 2):
+        split = cached(photos).train
+        batches = data.TrainBatches(split.labels, 3, 0, seed=0)
+        batches.epoch = 1
+        loaded.append([images for images, _ in data.train_loader(split, batches, 32, 0.2, num_workers)])
+    assert len(loaded[0]) == 2 and torch.equal(torch.stack(loaded[0]), torch.stack(loaded[1]))
+
+
+def test_boxes_follow_torchvisions_distribution():
+    """Area uniform in min_crop .. 1 and log-ratio in log 3/4 .. log 4/3 on a square, where few tries fail; half flipped."""
+    transform = data.transforms.RandomResizedCrop(224, scale=(0.08, 0.5)), data.transforms.RandomHorizontalFlip()
+    boxes, flips = data.RandomBoxes(*transform)(np.array([[1000, 1000]] * 4000), range(4000))
+    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area = (height * width / 1e6 - 0.08) / 0.42
+    ratio = (np.log(width / height) / np.log(4 / 3) + 1) / 2
+    top, left = (boxes[:, :2] + 0.5).T / (1001 - np.stack([height, width]))
+    for sample in (area, ratio, top, left):
+        expected = (np.arange(4000) + 0.5) / 4000
+        assert np.abs(np.sort(sample) - expected).max() < 1.63 / np.sqrt(4000) + 2e-3  # Kolmogorov-Smirnov at 1 %, rounding
+    assert 0.47 < flips.mean() < 0.53
+    long, _ = data.RandomBoxes(*transform)(np.array([[10, 1000], [1000, 10]]), [0, 1])  # nothing fits: the centre
+    np.testing.assert_array_equal(long, [[0, 493, 10, 506], [493, 0, 506, 10]])
+
+
+def test_a_cache_is_built_once_and_again_when_stale(photos, capsys):
+    def times_built(limit=48):
+        built = []
+        cached(photos, limit, watch=lambda chunks: built.append(1) or chunks)
+        return len(built)
+
+    assert times_built() == 1 and times_built() == 0 and times_built(limit=40) == 1
+    assert capsys.readouterr().out == ""
+    stale = f"{cache_file(photos)}: of other images or settings, or not whole; building it again\n"
+    whole = cache_file(photos).read_bytes()
+    (photos / "class0" / "more.png").write_bytes((photos / "class0" / "00.png").read_bytes())
+    assert times_built() == 1 and capsys.readouterr().out == stale
+    (photos / "class0" / "more.png").unlink()
+    for broken in (whole[:-1], whole[: len(whole) // 2], whole + b"x", b"x" + whole, b"", whole[:-40] + b"\x01" * 8 + whole[-32:]):
+        cache_file(photos).write_bytes(broken)
+        assert times_built() == 1 and capsys.readouterr().out == stale
+        assert cache_file(photos).read_bytes() == whole
+    changed = photos / "class0" / "00.png"
+    changed.touch()
+    assert times_built() == 1 and times_built() == 0
+
+
+def test_a_cache_of_another_version_is_built_again(photos, monkeypatch, capsys):
+    cached(photos)
+    monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1)
+    cached(photos)
+    assert "building it again" in capsys.readouterr().out
+
+
+def test_an_interrupted_build_leaves_nothing(photos):
+    def stop(chunks):
+        yield next(iter(chunks))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(photos, watch=stop)
+    assert list(cache_file(photos).parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_named_while_a_cache_is_built(photos, num_workers):
+    broken = photos / "class1" / "02.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(data.UnreadableImage) as error:
+        data.with_cache(data.load("folder", str(photos)), "folder", str(photos), 48, num_workers)
+    assert str(error.value).startswith(f"{broken}: cannot be read") and "\n" not in str(error.value)
+    assert list(cache_file(photos).parent.iterdir()) == []
+
+
+def test_a_data_set_that_cannot_be_written_to_is_cached_elsewhere(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (photos / ".metrix-cache").write_text("no directory")
+    file = cached(photos).train.cache.file
+    assert file.startswith("data/cache/") and capsys.readouterr().out.endswith(f"; using {file}\n")
+    cached(photos, watch=None)  # found there
+    pathlib.Path(file).unlink()
+    pathlib.Path(file).parent.rmdir()
+    pathlib.Path(file).parent.write_text("no directory either")
+    with pytest.raises(OSError, match=f"^{file}: cannot be written .*; --data-path decode"):
+        cached(photos)
+
+
+def test_a_full_disk_is_told_with_the_file(photos):
+    def fill(chunks):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        cached(photos, watch=fill)
+    assert str(error.value).startswith(f"{cache_file(photos)}: cannot be written")
+    assert list(cache_file(photos).parent.iterdir()) == []
+

@@ -199,6 +199,17 @@ def test_every_cell_runs_from_the_command_line(loss, mode, tree, tmp_path, capsy
         assert ("proxies" in state["metric"]) == (loss == "proxyanchor")
 
 
+def test_a_run_trains_and_is_evaluated_from_a_cache_that_is_made_once(tree, tmp_path, capsys):
+    told = []
+    for arguments in (command(tree, tmp_path / "run", more="--epochs 1 --data-path cache"), ["eval", str(tmp_path / "run")]):
+        metrix.main(arguments)
+        told.append(capsys.readouterr().out)
+    assert "decoded 50 images" in told[0] and "decoded" not in told[1]
+    assert os.listdir(os.path.join(tree, ".metrix-cache")) == ["folder-320"]
+    trained, evaluated = (json.loads(out.splitlines()[-1]) for out in told)
+    assert trained["last"]["recall"] == evaluated["recall"]
+
+
 def test_a_run_is_evaluated_again_from_its_checkpoints(tree, tmp_path, capsys):
     out = tmp_path / "run"
     metrix.main(command(tree, out))
@@ -307,6 +318,8 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("toy --images-per-class 7", "--images-per-class 7 does not divide --batch-size 100; 98 would do"),
         ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
         ("toy --device abacus", "--device abacus cannot be used"),
+        ("folder --data-path cache --cache-size 200", "--cache-size 200 is less than 256, to which images are resized"),
+        ("folder --data-path memory", "--data-path: invalid choice: 'memory'"),
         ("all", "all: name a data set: cub, cars"),
         ("all toy --out here", "--out is for one run"),
         ("all birds", "invalid choice: 'birds'"),
@@ -318,6 +331,7 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("folder --data-root {tree} --out {tree}/class0/0.png " + SMALL, "0.png"),
         ("folder --data-root {tree} --out {empty} --resume " + SMALL, "--resume: {empty} holds no run"),
         ("folder --data-root {broken} --out {empty}/run " + SMALL, "{broken}/d/1.png: cannot be read as an image"),
+        ("folder --data-root {broken} --out {empty}/run --data-path cache " + SMALL, "{broken}/d/1.png: cannot be read as an image"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, message, tree, tmp_path, write_tree, capsys):
