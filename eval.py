@@ -251,7 +251,7 @@ class _Items:
     def __init__(self, name, embeddings, labels):
         streamed = isinstance(embeddings, np.memmap)
         embeddings, labels = _tensor(name, embeddings), _tensor(f"{name} labels", labels)
-        if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+        if embeddings.ndim != 2 or not embeddings.shape[1] or labels.shape != embeddings.shape[:1] or labels.is_floating_point():
             raise ValueError(
                 f"{name}: expected embeddings (N, D) and N integer labels, "
                 f"got {tuple(embeddings.shape)} and {tuple(labels.shape)} {labels.dtype}"
