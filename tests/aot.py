@@ -23,7 +23,7 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory a pr
 
 
 def compile_for(chip, kernel, types, constants, num_warps, num_stages, plain=(), dot=False, fp_fusion=True):
-    """{"registers", "spilled" (bytes), "shared" (bytes), "tensor_cores" (bool), "dot"} of one kernel."""
+    """{"triton" (its version), "registers", "spilled" (bytes), "shared" (bytes), "tensor_cores" (bool), "dot"} of one kernel."""
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
@@ -48,6 +48,7 @@ def compile_for(chip, kernel, types, constants, num_warps, num_stages, plain=(),
             for tool in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
         )
     return dict(
+        triton=triton.__version__,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spilled=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
