@@ -145,8 +145,8 @@ class MetricLoss(nn.Module):
     in plain PyTorch, on matrices of all pairs: `clean(z, y)`, z of length 1, and `reduce(sim, mask, anchor, num_anchors,
         lam)`, the mixed loss given similarities (R, N) of anchors to mixed examples, which of them count (R, N), and the
         anchor each row belongs to (R,);
-    as a function `of_sums` of sums over pairs that a kernel makes without holding any such matrix. It serves GPUs and
-        large batches, and needs `rho`, the terms of a pair.
+    as a function `of_sums` of sums over pairs that a kernel makes without holding any such matrix, given `rho`, the
+        terms of a pair. It serves GPUs and large batches.
     """
 
     pairings = PAIRINGS  # the trainer draws one of these each step
@@ -224,7 +224,10 @@ class Contrastive(MetricLoss):
     def __init__(self, neg_margin=0.5):
         super().__init__()
         self.neg_margin = neg_margin
-        self.rho = pairwise.Rho(pairwise.HINGE, push_base=neg_margin)
+
+    @property
+    def rho(self):
+        return pairwise.Rho(pairwise.HINGE, push_base=self.neg_margin)
 
     def clean(self, z, y):
         dist = distance(z @ z.T)  # (B, B)
@@ -251,7 +254,10 @@ class MultiSimilarity(MetricLoss):
     def __init__(self, ms_alpha=17.97, ms_beta=75.66, ms_base=0.77, ms_epsilon=0.39):
         super().__init__()
         self.ms_alpha, self.ms_beta, self.ms_base, self.ms_epsilon = ms_alpha, ms_beta, ms_base, ms_epsilon
-        self.rho = pairwise.Rho(pairwise.EXPONENTIAL, ms_alpha, ms_base, ms_beta, ms_base)
+
+    @property
+    def rho(self):
+        return pairwise.Rho(pairwise.EXPONENTIAL, self.ms_alpha, self.ms_base, self.ms_beta, self.ms_base)
 
     def clean(self, z, y):
         sim = z @ z.T  # (B, B)
@@ -299,9 +305,12 @@ class ProxyAnchor(MetricLoss):
     def __init__(self, num_classes, embedding_size, pa_alpha=32, pa_margin=0.1):
         super().__init__()
         self.pa_alpha, self.pa_margin = pa_alpha, pa_margin
-        self.rho = pairwise.Rho(pairwise.EXPONENTIAL, pa_alpha, pa_margin, pa_alpha, -pa_margin)
         self.proxies = nn.Parameter(torch.empty(num_classes, embedding_size))  # (P, D)
         nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+
+    @property
+    def rho(self):
+        return pairwise.Rho(pairwise.EXPONENTIAL, self.pa_alpha, self.pa_margin, self.pa_alpha, -self.pa_margin)
 
     def clean(self, z, y):
         proxies = _unit(self.proxies).to(z.dtype)
