@@ -30,7 +30,7 @@ from kernels import pairwise
 
 PAIRINGS = ("positive-negative", "anchor-negative")
 TINY = 1e-12  # under a square root: keeps its gradient finite where two embeddings coincide
-MANY = 2**18  # pairs or triplets from which on the kernels pay on a CPU too
+MANY, MANY_TRIPLETS = 2**18, 2**14  # pairs and triplets from which on the kernels serve a CPU too
 
 
 # ---------------------------------------------------------------------------------------------- banks
@@ -155,7 +155,7 @@ class MetricLoss(nn.Module):
     def forward(self, z, y):
         """Clean loss of embeddings z (B, D) with integer labels y (B,)."""
         self.check(z, y)
-        if self.fused(z, len(z) * len(z)):
+        if self.fused(z, len(z) * len(z), MANY):
             return self.of_sums(*self.clean_sums(z, y))
         return self.clean(z, y)
 
@@ -167,7 +167,7 @@ class MetricLoss(nn.Module):
         if len(v) != len(i):
             raise ValueError(f"a bank of {len(v)} embeddings with {len(i)} indices")
         anchors, v = self.anchors(z, y), _unit(v).to(z.dtype)  # (A, D), (M, D)
-        if self.fused(z, len(anchors) * len(v)):
+        if self.fused(z, len(anchors) * len(v), MANY):
             return self.of_sums(*pairwise.pair_sums(anchors, v, *self.shown(y, i, pairing), self.rho, mixed=True), lam)
         return self.reduce(anchors @ v.T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
 
@@ -181,14 +181,14 @@ class MetricLoss(nn.Module):
         self.check(z, y)
         anchors = self.anchors(z, y)  # (A, D)
         a, p = self.serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
-        if self.fused(z, len(a) * len(z)):
+        if self.fused(z, len(a) * len(z), MANY_TRIPLETS):
             return self.of_sums(*triplets.embed_sums(anchors @ z.T, z @ z.T, y, a, p, lam, self.rho), lam)
         sim = sim_to_mixed(anchors @ z.T, z @ z.T, a, p, lam)  # (R, B)
         return self.reduce(sim, y[p][:, None] != y, a, len(anchors), lam)
 
-    def fused(self, z, pairs):
-        """Whether kernels make the sums."""
-        return pairs > 0 and self.rho.is_served() and (pairs > MANY or z.dtype != torch.float64 and kernels.use_triton(z))
+    def fused(self, z, terms, many):
+        """Whether kernels make the sums of so many terms."""
+        return terms > 0 and self.rho.is_served() and (terms > many or z.dtype != torch.float64 and kernels.use_triton(z))
 
     def clean_sums(self, z, y):
         """What `of_sums` takes, of the batch against itself."""

@@ -197,15 +197,17 @@ def gradient_of(function, z):
 
 
 def switched(choice, many, function):
-    """The function with the kernels' choice, and from `many` pairs on with kernels on a CPU too."""
+    """The function with the kernels' choice, and on a CPU with kernels from `many` terms on, if it is given."""
 
     def run(k):
-        before = kernels.choice, losses.MANY
-        kernels.choice, losses.MANY = choice, many
+        before = kernels.choice, losses.MANY, losses.MANY_TRIPLETS
+        kernels.choice = choice
+        if many is not None:
+            losses.MANY = losses.MANY_TRIPLETS = many
         try:
             return function(k)
         finally:
-            kernels.choice, losses.MANY = before
+            kernels.choice, losses.MANY, losses.MANY_TRIPLETS = before
 
     return run
 
@@ -233,7 +235,7 @@ def pairwise_cases(device, sizes):
             return gradient_of(lambda z: loss(z, y, miner(z, y)) if miner else loss(z, y), z)
 
         whole = switched("torch", 2**62, run)
-        forms = {"ours": switched("auto", losses.MANY, run), "whole matrix": whole}
+        forms = {"ours": switched("auto", None, run), "whole matrix": whole}
         forms |= {"torch.compile": switched("torch", 2**62, compiled), "by rows": switched("torch", 0, run), "library": library}
         work = 6 * columns * B * D  # the product, and backward again and once with the gradient of it
         title = f"{name}, B={B:,}"
@@ -274,7 +276,7 @@ def mixed_cases(device, sizes):
 
             return gradient_of(loss, z)
 
-        forms = {"ours": switched("auto", losses.MANY, run), "whole matrix": switched("torch", 2**62, run)}
+        forms = {"ours": switched("auto", None, run), "whole matrix": switched("torch", 2**62, run)}
         forms |= {"by rows": switched("torch", 0, run), "bank built": switched("torch", 2**62, built)}
         yield dict(kernel="mixed", case=f"{name}, B={B:,}", size=B, forms=forms, tolerance=1e-3, work=6 * B * B * D, unit="TFLOP/s")
 
@@ -295,8 +297,8 @@ def mix_pool_cases(device, sizes):
             return lambda k: gradient_of(lambda features: function(features).sum(), maps[k])
 
         ours = summed(lambda features, i=i, j=j: mix_pool.mix_pool(features, i, j, 0.4))
-        forms = {"ours": switched("auto", losses.MANY, ours), "whole maps": summed(naive)}
-        forms |= {"torch.compile": summed(torch.compile(naive, dynamic=False)), "in chunks": switched("torch", losses.MANY, ours)}
+        forms = {"ours": switched("auto", None, ours), "whole maps": summed(naive)}
+        forms |= {"torch.compile": summed(torch.compile(naive, dynamic=False)), "in chunks": switched("torch", None, ours)}
         size = maps[0].element_size()
         work = 2 * size * maps[0].numel() + len(i) * C * (2 * size + 3)  # maps in and out; pooled, its gradient, bytes
         yield dict(kernel="mix_pool", case=f"{B} maps of {C} x {side} x {side}, {len(i):,} pairs", size=B, forms=forms, tolerance=3e-2 if device == "cuda" else 1e-3, work=work, unit="GB/s")
