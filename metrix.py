@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -41,6 +42,7 @@ LOSSES = {
     "multisimilarity": lambda num_classes, embedding_size: losses.MultiSimilarity(),
     "proxyanchor": losses.ProxyAnchor,
 }
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 WRITTEN = ("config.json", "log.jsonl", "last.pt", "best.pt", "retrieval.png")
 RECALL_AT = {
     "cub": (1, 2, 4, 8, 16, 32),
@@ -254,11 +256,13 @@ def train_epoch(epoch, model, metric, optimizer, batches, config):
         images = images.to(config.device, memory_format=torch.channels_last, non_blocking=True)
         y = y.to(config.device, non_blocking=True)
         pairing = metric.pairings[rng.integers(len(metric.pairings))]
-        loss = step(model, metric, images, y, config, rng.beta(config.mix_alpha, config.mix_alpha), pairing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_value_([*model.parameters(), *metric.parameters()], config.clip)
-        optimizer.step()
+        lam = rng.beta(config.mix_alpha, config.mix_alpha)
+        with finished_first():
+            loss = step(model, metric, images, y, config, lam, pairing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_value_([*model.parameters(), *metric.parameters()], config.clip)
+            optimizer.step()
         total, steps = total + loss.detach(), steps + 1
     return total.item() / steps
 
@@ -306,8 +310,9 @@ def run(config):
             log.append(line | result if last else line)
             recall_at_1 = 100 * line["recall"]["1"]
             progress.end(f"{title}  loss {loss:.4f}  R@1 {recall_at_1:.1f}  {rate:.0f} images/s  {line['seconds']:.1f} s")
-            save_epoch(config, log, model, metric, optimizer)
-            write_sheet(config.out, ranking, embedded, held_out)
+            with finished_first():
+                write_sheet(config.out, ranking, embedded, held_out)
+                save_epoch(config, log, model, metric, optimizer)
     return log
 
 
@@ -388,17 +393,59 @@ def save_epoch(config, log, model, metric, optimizer):
             print(json.dumps(line), file=out)
     state = dict(model=model.state_dict(), metric=metric.state_dict(), epoch=len(log), log=log, config=vars(config))
     if best_of(log) is log[-1]:
-        with replacing(f"{config.out}/best.pt") as file:
-            torch.save(state, file)
-    with replacing(f"{config.out}/last.pt") as file:
-        torch.save(state | dict(optimizer=optimizer.state_dict()), file)
+        save(state, f"{config.out}/best.pt")
+    save(state | dict(optimizer=optimizer.state_dict()), f"{config.out}/last.pt")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A name to write to, which becomes `path` when all is written: a reader sees the old file or the new one."""
-    yield f"{path}.unfinished"
-    os.replace(f"{path}.unfinished", path)
+    """A name to write to, which becomes `path` when all is on the disk: whatever happens, the old file is there or the new."""
+    unfinished = f"{path}.unfinished"
+    try:
+        yield unfinished
+        synchronise(unfinished)
+        os.replace(unfinished, path)
+        synchronise(os.path.dirname(path))
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: cannot be written ({error.strerror or error}); what was there before is intact") from error
+        raise
+
+
+@contextlib.contextmanager
+def finished_first():
+    """SIGINT and SIGTERM wait until what is inside is done, then raise KeyboardInterrupt.
+
+    Within an epoch nothing need be saved: it is replayed from (seed, epoch).
+    """
+    waiting = []
+    usual = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        if waiting:
+            raise KeyboardInterrupt(waiting[0])
+
+
+def synchronise(path):
+    """Wait until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(state, path):
+    with replacing(path) as file, open(file, "wb") as out:
+        try:
+            torch.save(state, out)
+        except RuntimeError as error:  # of torch's writer, which cannot close what could not be written either
+            raise error.__context__ or error
 
 
 def best_of(log):
@@ -556,6 +603,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     # Pins the threads of a matrix product too, which otherwise may vary, and with them its last digits.
     torch.set_num_threads(torch.get_num_threads())
+    signal.signal(signal.SIGTERM, stop)
     try:
         if arguments[:1] == ["all"]:
             run_all(arguments[1:])
@@ -564,9 +612,14 @@ def main(arguments=None):
         else:
             config = parse(arguments)
             report(config, run(config))
-    except KeyboardInterrupt:
-        print("\nmetrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        print("\n" * sys.stderr.isatty() + "metrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def stop(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

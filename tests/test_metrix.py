@@ -243,8 +243,9 @@ def test_what_is_no_run_is_not_evaluated(tree, tmp_path, capsys):
         assert ended.value.code == 2 and told.startswith("metrix: ") and told.count("\n") == 1 and message in told, told
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tree, tmp_path, monkeypatch, capsys):
-    cell, more = "proxyanchor input", "--epochs 3 --warmup-epochs 1"
+@pytest.mark.parametrize("loss, mode", CELLS)
+def test_a_stopped_run_goes_on_to_the_same_end(loss, mode, tree, tmp_path, monkeypatch, capsys):
+    cell, more = f"{loss} {mode}", "--epochs 3 --warmup-epochs 1"
     metrix.main(command(tree, tmp_path / "whole", cell, more))
 
     def stop_in_the_third_epoch(epoch, *rest, train_epoch=metrix.train_epoch):
