@@ -414,18 +414,26 @@ DATASETS = {
 # ------------------------------------------------------------------------------------------- batches
 
 
+BROKEN = -1  # label of an image that cannot be read, where such are skipped
+
+
 class Images(torch.utils.data.Dataset):
     """(image (3, size, size), label) of item (index, seed); the seed is that of the augmentation."""
 
-    def __init__(self, split, transform):
-        self.split, self.transform = split, transform
+    def __init__(self, split, transform, skip_broken):
+        self.split, self.transform, self.skip_broken = split, transform, skip_broken
 
     def __getitem__(self, item):
         index, seed = item
-        image = open_image(self.split.paths[index])
+        try:
+            image, label = open_image(self.split.paths[index]), self.split.labels[index]
+        except UnreadableImage:
+            if not self.skip_broken:
+                raise
+            image, label = Image.new("RGB", (8, 8)), BROKEN
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.transform(image), self.split.labels[index]
+            return self.transform(image), label
 
 
 def open_image(path):
@@ -487,24 +495,27 @@ class TrainBatches:
             yield np.concatenate(batch)
 
 
-def train_loader(split, batches, image_size, min_crop, num_workers):
-    """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area."""
+def train_loader(split, batches, image_size, min_crop, num_workers, skip_broken=False):
+    """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area.
+
+    With skip_broken an image that cannot be read is a blank with label BROKEN; else it raises UnreadableImage.
+    """
     steps = [transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()]
-    return _loader(split, steps, batches, num_workers)
+    return _loader(split, steps, batches, num_workers, skip_broken)
 
 
-def test_loader(split, batch_size, image_size, num_workers):
+def test_loader(split, batch_size, image_size, num_workers, skip_broken=False):
     """Every image of a split in order: the shorter side to 256/224 of the size, then its centre."""
     steps = [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
     order = [(index, 0) for index in range(len(split))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return _loader(split, steps, batches, num_workers)
+    return _loader(split, steps, batches, num_workers, skip_broken)
 
 
-def _loader(split, steps, batches, num_workers):
+def _loader(split, steps, batches, num_workers, skip_broken):
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     return torch.utils.data.DataLoader(
-        Images(split, transform),
+        Images(split, transform, skip_broken),
         batch_sampler=batches,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

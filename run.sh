@@ -2,6 +2,7 @@
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
 # ./run.sh all DATASET [--flag value ..]               the twelve cells of a data set, and a table of them
 # ./run.sh eval RUN_DIR [--split train] [--checkpoint best] [--embeddings]   every metric of a run
+# NPROC=4 ./run.sh sop contrastive feature             on four processes, a GPU each: torchrun
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
 set -euo pipefail
@@ -50,5 +51,8 @@ if [[ ${1:-} == test ]]; then
     [[ ${1:-} == --slow ]] && { marked="slow"; shift; }
     cd "$here"
     exec "$python" -m pytest -q -m "$marked" tests "$@"
+fi
+if [[ ${NPROC:-1} != 1 ]]; then
+    exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" "$here/metrix.py" "$@"
 fi
 exec "$python" "$here/metrix.py" "$@"
