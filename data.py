@@ -15,6 +15,7 @@ All randomness of an epoch follows from (seed, epoch), that of an augmentation f
 the same images whatever the number of workers.
 """
 
+import functools
 import os
 import shutil
 import tempfile
@@ -300,10 +301,16 @@ def split_by_class(images, last_train_class, source):
 
 
 def inside(directory, path, place):
-    """directory/path, which a list may not lead out of."""
-    if os.path.isabs(path) or ".." in path.split("/"):
-        raise ValueError(f"{place}: {path} leads out of {directory}")
-    return os.path.join(directory, path)
+    """directory/path, which a list may not lead out of, by links neither."""
+    file = os.path.join(directory, path)
+    if not os.path.isabs(path) and ".." not in path.split("/") and "\0" not in path:
+        root, end = real_path(directory), os.path.realpath(file) if os.path.islink(file) else real_path(os.path.dirname(file))
+        if os.path.commonpath([root, end]) == root:
+            return file
+    raise ValueError(f"{place}: {path!r} leads out of {directory}")
+
+
+real_path = functools.lru_cache(os.path.realpath)  # of directories, which many images share
 
 
 def as_int(text, place):

@@ -433,7 +433,7 @@ def main(arguments=None):
 
 
 def print_results(path, ks):
-    file = np.load(path)
+    file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("one array; expected a .npz file with the arrays embeddings and labels")
     with file:

@@ -793,12 +793,16 @@ def main(arguments=None):
             report(config, run(config))
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
-        print("\n" * sys.stderr.isatty() + "metrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
+        if here()[0] == 0:
+            print("\n" * sys.stderr.isatty() + "metrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
         sys.exit(128 + number)
     except RuntimeError as error:
         if here()[1] == 1 or "gloo" not in str(error):
             raise
         sys.exit(1)  # another process has ended and told why
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def stop(number, frame):

@@ -1,16 +1,22 @@
 """Runs that are killed, stopped or broken: nothing is lost, and one line says what to do."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
 import metrix
 
 ROOT = pathlib.Path(metrix.__file__).parent
@@ -39,7 +45,7 @@ def everything(out):
     for line in (line for log in logs for line in log):
         del line["seconds"], line["images_per_second"]
     for state in states:
-        del state["config"]["out"]
+        del state["config"]["out"], state["config"]["num_workers"]
     return logs, states
 
 
@@ -114,3 +120,209 @@ def test_a_stopped_run_finishes_its_step_and_says_how_to_go_on(number, tree, tmp
     assert len((tmp_path / "stopped" / "log.jsonl").read_text().splitlines()) == 1
     metrix.main(command(tree, tmp_path / "stopped"))
     assert equal(everything(tmp_path / "stopped"), everything(tmp_path / "whole"))
+
+
+# --------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The images, a whole run of three epochs, and one stopped after the first."""
+    root = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    for label, n in itertools.product(range(10), range(5)):
+        (root / f"images/class{label}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"images/class{label}/{n}.png")
+    metrix.main(command(root / "images", root / "whole"))
+
+    def stop(epoch, *given, train_epoch=metrix.train_epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(epoch, *given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(metrix, "train_epoch", stop)
+        metrix.main(command(root / "images", root / "begun"))
+    return root
+
+
+@contextlib.contextmanager
+def at_step(number, change):
+    steps = []
+
+    def step(model, *given, step=metrix.step):
+        steps.append(1)
+        loss = step(model, *given)
+        return change(model, loss) if len(steps) == number else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrix, "step", step)
+        yield
+
+
+@contextlib.contextmanager
+def poisoned_loss(run):
+    with at_step(2, lambda model, loss: loss * torch.inf):
+        yield "epoch 2, step 2: the loss or a gradient is not finite, on a batch of 6 images ({images}/class"
+
+
+@contextlib.contextmanager
+def poisoned_gradient(run):
+    with at_step(4, lambda model, loss: loss + (model.embedding.bias.sum() * 0).sqrt()):
+        yield "..); {run}/last.pt is that of epoch 1; try a lower --lr"
+
+
+@contextlib.contextmanager
+def poisoned_image(run):
+    file = run.parent / "images/class2/3.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:100])
+    try:
+        yield "{images}/class2/3.png: cannot be read as an image"
+    finally:
+        file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def full_disk(run):
+    """What a write beyond the limit raises; Python ignores the signal."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, usual[1]))
+    try:
+        yield "{run}/last.pt: cannot be written (File too large); what was there before is intact"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@contextlib.contextmanager
+def full_file_system(run):
+    """A real one, where it may be mounted: 4 MB left for what is written."""
+    content = {file.name: file.read_bytes() for file in run.iterdir()}
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", run], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        for name, value in content.items():
+            (run / name).write_bytes(value)
+        left = os.statvfs(run)
+        (run / "filling").write_bytes(bytes(left.f_bavail * left.f_frsize - 4_000_000))
+        yield "{run}/last.pt: cannot be written (No space left on device)"
+    finally:
+        content = {file.name: file.read_bytes() for file in run.iterdir() if file.name != "filling"}
+        subprocess.run(["umount", run], check=True)
+        for name, value in content.items():
+            (run / name).write_bytes(value)
+
+
+@contextlib.contextmanager
+def unwritable_directory(run):
+    if os.geteuid() == 0:
+        pytest.skip("root may write to any directory")
+    run.chmod(0o500)
+    try:
+        yield "cannot be written (Permission denied)"
+    finally:
+        run.chmod(0o700)
+
+
+@contextlib.contextmanager
+def unwritable_file(run):
+    (run / "log.jsonl.unfinished").mkdir()
+    try:
+        yield "{run}/log.jsonl: cannot be written (Is a directory)"
+    finally:
+        (run / "log.jsonl.unfinished").rmdir()
+
+
+@contextlib.contextmanager
+def dead_worker(run):
+    read, alive = data.open_image, os.getpid()
+
+    def open_image(path):
+        if os.getpid() != alive and path.endswith("4.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "open_image", open_image)
+        yield "a process that loads images died"
+
+
+@contextlib.contextmanager
+def spoilt_checkpoint(run, spoil, message):
+    content = (run / "last.pt").read_bytes()
+    spoil(run / "last.pt", content)
+    try:
+        yield message
+    finally:
+        (run / "last.pt").write_bytes(content)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+UNREADABLE, NOT_OF_A_RUN = "{run}/last.pt: not a readable checkpoint", "{run}/last.pt: not the checkpoint of such a run"
+FAULTS = {
+    "loss": poisoned_loss,
+    "gradient": poisoned_gradient,
+    "image": poisoned_image,
+    "disk full": full_disk,
+    "file system full": full_file_system,
+    "directory": unwritable_directory,
+    "file": unwritable_file,
+    "worker": dead_worker,
+    "truncated": lambda run: spoilt_checkpoint(run, lambda file, content: file.write_bytes(content[: len(content) // 2]), UNREADABLE),
+    "empty": lambda run: spoilt_checkpoint(run, lambda file, content: file.write_bytes(b""), UNREADABLE),
+    "foreign": lambda run: spoilt_checkpoint(run, lambda file, content: torch.save({"model": {"a": torch.ones(1)}}, file), NOT_OF_A_RUN),
+    "with code": lambda run: spoilt_checkpoint(run, lambda file, content: torch.save({"model": Malicious()}, file), UNREADABLE),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_is_told_in_one_line_and_nothing_is_lost(fault, runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = runs / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(runs / "begun", run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(out=str(run))))
+    before = (run / "last.pt").read_bytes()
+    again = command(runs / "images", run, more="--num-workers 1" if fault is dead_worker else "")
+    with fault(run) as message, pytest.raises(SystemExit) as end:
+        metrix.main(again)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.startswith("metrix: ") and told.count("\n") == 1
+    assert message.format(run=run, images=runs / "images") in told, told
+    assert (run / "last.pt").read_bytes() == before and set(os.listdir(run)) == set(metrix.WRITTEN)
+    assert not (tmp_path / "executed").exists()
+    metrix.main(again)
+    assert equal(everything(run), everything(runs / "whole"))
+
+
+def test_an_output_below_a_file_is_told_in_one_line(runs, capsys):
+    with pytest.raises(SystemExit) as end:
+        metrix.main(command(runs / "images", runs / "images/class0/0.png/run"))
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1 and "0.png/run" in told
+
+
+def test_faults_are_skipped_by_flag_and_counted(runs, tmp_path):
+    flags = "--on-nonfinite skip --on-broken-image skip"
+    with poisoned_image(runs / "run"), at_step(2, lambda model, loss: loss * torch.nan):
+        metrix.main(command(runs / "images", tmp_path / "run", more=flags))
+    log = list(map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines()))
+    assert [line["skipped_steps"] for line in log] == [1, 0, 0]
+    assert sum(line["broken_images"] for line in log) > 0
+    assert all(tensor.isfinite().all() for tensor in torch.load(tmp_path / "run/last.pt", weights_only=True)["model"].values())
+
+
+def test_a_gpu_is_asked_once_in_a_while_and_the_right_step_is_named():
+    for bad in (0, 3, 5):
+        finite = [torch.tensor(n != bad) for n in range(6)]
+        with pytest.raises(FloatingPointError) as error:
+            metrix.check_finite(finite, 105)
+        assert error.value.args == (100 + bad,)
+    metrix.check_finite([torch.tensor(True)] * 6, 105)
+    metrix.check_finite([], 105)
