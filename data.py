@@ -16,6 +16,7 @@ the same images whatever the number of workers.
 """
 
 import functools
+import numbers
 import os
 import shutil
 import tempfile
@@ -286,8 +287,9 @@ def read_mat(file):
     images = []
     for number, row in enumerate(np.atleast_1d(annotations), 1):
         name, label = row[path], row["class"]
-        if not isinstance(name, str) or not name or not np.isscalar(label) or isinstance(label, str) or label != label // 1:
-            raise ValueError(f"{file}, image {number}: expected a file name and a class number, got {str(name)!r}, {label!r}")
+        if not isinstance(name, str) or not name or not isinstance(label, numbers.Real) or label != label // 1:
+            got = f"{str(name)[:80]!r}, {str(label)[:80]!r}"
+            raise ValueError(f"{file}, image {number}: expected a file name and a class number, got {got}")
         images.append((name, int(label)))
     return images
 

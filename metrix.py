@@ -224,7 +224,7 @@ def flag(name):
 def fail(message, by_all=False):
     """Bad input: one line, exit code 2. Of many processes the first tells what all meet, and each what it alone meets."""
     if by_all or here()[0] == 0:
-        print(f"metrix: {message}", file=sys.stderr)
+        print(f"metrix: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -739,8 +739,12 @@ def evaluate_run(arguments):
     arguments = vars(parser.parse_args(arguments))
     out = arguments["run_dir"]
     there = read_settings(out)
-    if missing := [field.name for field in dataclasses.fields(Config) if field.name not in there]:
-        fail(f"{out}/config.json: no {missing[0]} in it; it is not of this program")
+    for field in dataclasses.fields(Config):
+        if field.name not in there:
+            fail(f"{out}/config.json: no {field.name} in it; it is not of this program")
+        value, choices = there[field.name], field.metadata.get("choices")
+        if not isinstance(value, (int, float) if field.type is float else field.type) or choices and value not in choices:
+            fail(f"{out}/config.json: {field.name} cannot be {str(value)[:80]}; repair it, or name another run")
     config = Config(**{field.name: there[field.name] for field in dataclasses.fields(Config)})
     config.out, config.device = out, arguments["device"]
     config.data_root = arguments["data_root"] or config.data_root
