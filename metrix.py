@@ -210,6 +210,8 @@ def check(config):
     processes = here()[1]
     if processes > 1 and config.bn == "train" and one.device.type == "cpu":
         fail("--bn train over many processes is SyncBatchNorm, which needs GPUs; use --bn stats, or one process")
+    if one.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        fail(f"{os.environ['LOCAL_WORLD_SIZE']} processes want a GPU each, and there are {torch.cuda.device_count()} here; lower NPROC")
     if size < processes:
         fail(f"--batch-size {size} is less than an image for each of {processes} processes")
     kernels.choice = config.kernels
@@ -450,8 +452,8 @@ def run(config):
             if config.on_nonfinite == "skip":
                 line["skipped_steps"] = skipped
             if skip_broken:
-                broken += sum(len(split) - len(gather(part.y)) for split, part in zip(held_out, embedded))
-                line["broken_images"] = broken
+                line["broken_images"] = int(gather(torch.tensor([broken])).sum())
+                line["broken_images"] += sum(len(split) - len(gather(part.y)) for split, part in zip(held_out, embedded))
             log.append(line | result if last else line)
             recall_at_1 = 100 * line["recall"]["1"]
             progress.end(f"{title}  loss {loss:.4f}  R@1 {recall_at_1:.1f}  {rate:.0f} images/s  {line['seconds']:.1f} s")

@@ -326,3 +326,30 @@ def test_a_gpu_is_asked_once_in_a_while_and_the_right_step_is_named():
         assert error.value.args == (100 + bad,)
     metrix.check_finite([torch.tensor(True)] * 6, 105)
     metrix.check_finite([], 105)
+
+
+# ----------------------------------------------------------------------------------------------- soak
+
+SOAK = """
+import resource
+def memory():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+def step(*given, step=metrix.step, taken=[]):
+    taken.append(1)
+    if len(taken) in (200, 1000):
+        print("after", len(taken), memory(), flush=True)
+    return step(*given)
+metrix.step = step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", metrix.MODES)
+def test_a_thousand_steps_need_no_more_memory_than_two_hundred(mode, tmp_path, write_tree):
+    """In MB. The tolerance, 10 kB a step, is what an allocator may scatter; a step's batch alone takes 70 kB."""
+    tree = write_tree(tmp_path / "images", {f"class{c}": 205 for c in range(6)}, size=16)
+    run = child(SOAK, command(tree, tmp_path / "run", f"multisimilarity {mode}", "--epochs 10"))
+    told, errors = run.communicate()
+    assert run.returncode == 0, errors
+    first, last = (float(line.split()[2]) for line in told.splitlines() if line.startswith("after"))
+    assert last - first < 8, (first, last)

@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -67,20 +69,20 @@ def run_sh(processes, *arguments, cwd):
 
 
 def recalls(log):
-    return [{name: line.get(name) for name in ("recall", "map_at_r", "r_precision", "queries")} for line in log]
+    return [{name: line.get(name) for name in ("recall", "map_at_r", "r_precision", "queries", "broken_images")} for line in log]
 
 
 @pytest.mark.slow
 def test_run_sh_starts_many_processes_and_one_can_go_on(tmp_path, write_tree):
     tree = write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)})
-    broken = tree / "class7" / "3.png"
-    broken.write_bytes(b"no picture")
+    for broken in (tree / "class2" / "1.png", tree / "class7" / "3.png"):  # of those to train and to test on
+        broken.write_bytes(b"no picture")
     flags = f"folder multisimilarity input --data-root {tree} {SMALL} --batch-size 6 --images-per-class 2 --epochs 2 --lr 1e-5".split()
     skip = ["--on-broken-image", "skip"]
     for processes in (1, 3):
         result = run_sh(processes, *flags, *skip, "--out", f"of{processes}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count("epoch   2/2") == 1 and json.loads(result.stdout.splitlines()[-1])["last"]["broken_images"] == 1
+        assert result.stdout.count("epoch   2/2") == 1 and "broken_images" in json.loads(result.stdout.splitlines()[-1])["last"]
     one, three = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in ("of1", "of3"))
     assert recalls(one["log"]) == recalls(three["log"])
     for name, value in one["model"].items():
@@ -92,7 +94,32 @@ def test_run_sh_starts_many_processes_and_one_can_go_on(tmp_path, write_tree):
     result = run_sh(2, "eval", "of3", cwd=tmp_path)
     assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1])["recall"] == one["log"][-1]["recall"]
 
-    for more, message in (([], f"metrix: {broken}: cannot be read as an image"), (["--bn", "train"], "metrix: --bn train over many")):
+    for more, message in (([], f"metrix: {tree}/class2/1.png: cannot be read as an image"), (["--bn", "train"], "metrix: --bn train over many")):
         result = run_sh(2, *flags, *more, "--out", "fails", cwd=tmp_path)
-        told = [line for line in result.stderr.splitlines() if line.startswith("metrix: ")]
+        told = [line for line in result.stderr.splitlines() if line.startswith("metrix: ") and "stopped" not in line]
         assert result.returncode != 0 and len(told) == 1 and told[0].startswith(message), result.stderr
+
+
+@pytest.mark.slow
+def test_all_processes_end_when_one_is_killed_and_the_run_goes_on(tmp_path, write_tree, monkeypatch):
+    tree = write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)})
+    flags = f"{ROOT}/metrix.py folder contrastive embed --data-root {tree} --out run {SMALL} --batch-size 6 --images-per-class 2 --epochs 400"
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split(), *flags.split()]
+    launched = subprocess.Popen(launch, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert launched.poll() is None
+        time.sleep(0.1)
+    children = pathlib.Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    launched.communicate(timeout=120)
+    assert launched.returncode != 0 and not any(pathlib.Path(f"/proc/{child}").exists() for child in children)
+    done = models.read_checkpoint(str(tmp_path / "run" / "last.pt"))["epoch"]
+    assert 1 <= done < 400
+
+    def begin(epoch, *given):
+        raise KeyboardInterrupt(f"at epoch {epoch}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrix, "train_epoch", begin)
+    with pytest.raises(KeyboardInterrupt, match=f"at epoch {done}"):
+        metrix.run(metrix.parse(flags.split()[1:]))
