@@ -541,9 +541,10 @@ def open_run(config, splits, model, metric, optimizer):
     try:
         for module, name in ((model, "model"), (metric, "metric"), (optimizer, "optimizer")):
             module.load_state_dict(state[name])
+        best_of(state["log"])
         print(f"going on with {config.out} after epoch {len(state['log'])} of {config.epochs}")
         return state["log"]
-    except (KeyError, TypeError, RuntimeError):  # what load_state_dict raises for a foreign one
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # what a foreign one raises
         fail(f"{config.out}/last.pt: not the checkpoint of such a run; name another --out")
 
 

@@ -258,6 +258,10 @@ def spoilt_checkpoint(run, spoil, message):
         (run / "last.pt").write_bytes(content)
 
 
+def with_other(part, value):
+    return lambda file, content: torch.save(torch.load(file, weights_only=True) | {part: value}, file)
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -276,6 +280,8 @@ FAULTS = {
     "truncated": lambda run: spoilt_checkpoint(run, lambda file, content: file.write_bytes(content[: len(content) // 2]), UNREADABLE),
     "empty": lambda run: spoilt_checkpoint(run, lambda file, content: file.write_bytes(b""), UNREADABLE),
     "foreign": lambda run: spoilt_checkpoint(run, lambda file, content: torch.save({"model": {"a": torch.ones(1)}}, file), NOT_OF_A_RUN),
+    "foreign log": lambda run: spoilt_checkpoint(run, with_other("log", [{"epoch": 1}]), NOT_OF_A_RUN),
+    "foreign optimizer": lambda run: spoilt_checkpoint(run, with_other("optimizer", 3), NOT_OF_A_RUN),
     "with code": lambda run: spoilt_checkpoint(run, lambda file, content: torch.save({"model": Malicious()}, file), UNREADABLE),
 }
 
