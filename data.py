@@ -18,8 +18,10 @@ the same images whatever the number of workers, and the same boxes from a cache 
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
+import numbers
 import os
 import shutil
 import tempfile
@@ -295,8 +297,9 @@ def read_mat(file):
     images = []
     for number, row in enumerate(np.atleast_1d(annotations), 1):
         name, label = row[path], row["class"]
-        if not isinstance(name, str) or not name or not np.isscalar(label) or isinstance(label, str) or label != label // 1:
-            raise ValueError(f"{file}, image {number}: expected a file name and a class number, got {str(name)!r}, {label!r}")
+        if not isinstance(name, str) or not name or not isinstance(label, numbers.Real) or label != label // 1:
+            got = f"{str(name)[:80]!r}, {str(label)[:80]!r}"
+            raise ValueError(f"{file}, image {number}: expected a file name and a class number, got {got}")
         images.append((name, int(label)))
     return images
 
@@ -310,10 +313,16 @@ def split_by_class(images, last_train_class, source):
 
 
 def inside(directory, path, place):
-    """directory/path, which a list may not lead out of."""
-    if os.path.isabs(path) or ".." in path.split("/"):
-        raise ValueError(f"{place}: {path} leads out of {directory}")
-    return os.path.join(directory, path)
+    """directory/path, which a list may not lead out of, by links neither."""
+    file = os.path.join(directory, path)
+    if not os.path.isabs(path) and ".." not in path.split("/") and "\0" not in path:
+        root, end = real_path(directory), os.path.realpath(file) if os.path.islink(file) else real_path(os.path.dirname(file))
+        if os.path.commonpath([root, end]) == root:
+            return file
+    raise ValueError(f"{place}: {path!r} leads out of {directory}")
+
+
+real_path = functools.lru_cache(os.path.realpath)  # of directories, which many images share
 
 
 def as_int(text, place):
@@ -424,20 +433,26 @@ DATASETS = {
 # ------------------------------------------------------------------------------------------- batches
 
 PATHS = ("decode", "cache")  # the ways from image files to batches
+BROKEN = -1  # label of an image that cannot be read, where such are skipped
 
 
 class Images(torch.utils.data.Dataset):
     """(image (3, size, size), label) of item (index, seed); the seed is that of the augmentation."""
 
-    def __init__(self, split, transform):
-        self.split, self.transform = split, transform
+    def __init__(self, split, transform, skip_broken):
+        self.split, self.transform, self.skip_broken = split, transform, skip_broken
 
     def __getitem__(self, item):
         index, seed = item
-        image = open_image(self.split.paths[index])
+        try:
+            image, label = open_image(self.split.paths[index]), self.split.labels[index]
+        except UnreadableImage:
+            if not self.skip_broken:
+                raise
+            image, label = Image.new("RGB", (8, 8)), BROKEN
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.transform(image), self.split.labels[index]
+            return self.transform(image), label
 
 
 def open_image(path):
@@ -499,21 +514,25 @@ class TrainBatches:
             yield np.concatenate(batch)
 
 
-def train_loader(split, batches, image_size, min_crop, num_workers):
-    """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area."""
+def train_loader(split, batches, image_size, min_crop, num_workers, skip_broken=False):
+    """(images (B, 3, size, size), labels (B,)) of each of the TrainBatches; a crop keeps min_crop .. 1 of the area.
+
+    With skip_broken an image that cannot be read is a blank with label BROKEN; else it raises UnreadableImage.
+    """
     shape, flip = transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()
     if split.cache:
         return CachedLoader(split, RandomBoxes(shape, flip), batches, image_size, num_workers)
-    return _loader(split, [shape, flip], batches, num_workers)
+    return _loader(split, [shape, flip], batches, num_workers, skip_broken)
 
 
-def test_loader(split, batch_size, image_size, num_workers):
+def test_loader(split, batch_size, image_size, num_workers, skip_broken=False):
     """Every image of a split in order: the shorter side to 256/224 of the size, then its centre."""
     order = [(index, 0) for index in range(len(split))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if split.cache:
         return CachedLoader(split, CentreBoxes(resized(image_size), image_size), batches, image_size, num_workers)
-    return _loader(split, [transforms.Resize(resized(image_size)), transforms.CenterCrop(image_size)], batches, num_workers)
+    steps = [transforms.Resize(resized(image_size)), transforms.CenterCrop(image_size)]
+    return _loader(split, steps, batches, num_workers, skip_broken)
 
 
 def resized(image_size):
@@ -521,9 +540,9 @@ def resized(image_size):
     return round(image_size * 256 / 224)
 
 
-def _loader(split, steps, batches, num_workers):
+def _loader(split, steps, batches, num_workers, skip_broken):
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    return _in_workers(Images(split, transform), num_workers, batch_sampler=batches)
+    return _in_workers(Images(split, transform, skip_broken), num_workers, batch_sampler=batches)
 
 
 def _in_workers(dataset, num_workers, **items):

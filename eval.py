@@ -29,7 +29,6 @@ import json
 import math
 import sys
 import warnings
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -428,16 +427,21 @@ def main(arguments=None):
         fail(f"--ks {arguments.ks}: expected numbers such as 1,10,100")
     try:
         print_results(arguments.embeddings, ks)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         fail(f"{arguments.embeddings}: {error}")
 
 
 def print_results(path, ks):
-    file = np.load(path)
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError("one array; expected a .npz file with the arrays embeddings and labels")
-    with file:
-        arrays = {name: file[name] for name in file.files}
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("one array; expected a .npz file with the arrays embeddings and labels")
+        with file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of zip and its compressors, which raise many kinds for a damaged file
+        raise ValueError(f"damaged ({error})") from error
     separate = "gallery_embeddings" in arrays
     wanted = ["embeddings", "labels", *(["gallery_embeddings", "gallery_labels"] if separate else [])]
     if missing := [name for name in wanted if name not in arrays]:
@@ -452,7 +456,7 @@ def print_results(path, ks):
 
 
 def fail(message):
-    print(f"eval: {message}", file=sys.stderr)
+    print(f"eval: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 

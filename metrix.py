@@ -21,12 +21,15 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 import eval
@@ -41,6 +44,9 @@ LOSSES = {
     "multisimilarity": lambda num_classes, embedding_size: losses.MultiSimilarity(),
     "proxyanchor": losses.ProxyAnchor,
 }
+CHECKED_TOGETHER = 50  # steps after which a GPU is asked whether they were finite
+ON_FAULT = ("stop", "skip")
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 WRITTEN = ("config.json", "log.jsonl", "last.pt", "best.pt", "retrieval.png")
 RECALL_AT = {
     "cub": (1, 2, 4, 8, 16, 32),
@@ -96,7 +102,11 @@ class Config:
 
     net: str = option("resnet50", "trunk", choices=tuple(models.NETS))
     weights: str = option("imagenet", "imagenet, none, or a file")
-    bn: str = option("stats", "batch norm: train; stats: statistics fixed; frozen: scale, shift too", choices=models.BATCH_NORMS)
+    bn: str = option(
+        "stats",
+        "batch norm: train (many processes: SyncBatchNorm, on GPUs only); stats: statistics fixed; frozen: scale, shift too",
+        choices=models.BATCH_NORMS,
+    )
     embedding_size: int = option(512, "dimensions", least=1, most=65536)
     image_size: int = option(224, "pixels a side of the crop", least=32, most=512)
     min_crop: float = option(0.08, "least share of an image's area that a training crop keeps", least=0.01, most=1)
@@ -110,6 +120,8 @@ class Config:
     num_workers: int = option(min(4, os.cpu_count() or 1), "processes that load images; the result is the same", least=0)
     device: str = option("auto", "auto: cuda if there is one, else cpu")
     kernels: str = option("auto", "auto: Triton on a GPU, else torch", choices=kernels.CHOICES)
+    on_nonfinite: str = option("stop", "at a loss or gradient that is not finite; skip: leave out the step", choices=ON_FAULT)
+    on_broken_image: str = option("stop", "at an image that cannot be read; skip: leave it out", choices=ON_FAULT)
     resume: bool = option(False, "go on with the run in OUT, and fail if there is none")
 
 
@@ -150,7 +162,8 @@ def recipe_of(dataset, loss, mode):
     return recipe | TOY if dataset == "toy" else recipe
 
 
-NOT_OF_THE_RESULT = ("out", "device", "kernels", "num_workers", "resume")  # a run may go on with others of these
+# A run may go on with others of these.
+NOT_OF_THE_RESULT = ("out", "device", "kernels", "num_workers", "on_nonfinite", "on_broken_image", "resume")
 
 
 def parse(arguments):
@@ -188,6 +201,8 @@ def check(config):
         fail(f"--batch-size {size} is less than two classes of {per_class}; it must be at least {2 * per_class}")
     if per_class and size % per_class:
         fail(f"--images-per-class {per_class} does not divide --batch-size {size}; {size - size % per_class} would do")
+    if config.data_path == "cache" and (here()[1] > 1 or config.on_broken_image == "skip"):
+        fail("--data-path cache serves one process, and holds whole images only; use decode with NPROC or --on-broken-image skip")
     if config.data_path == "cache" and config.cache_size < (least := data.resized(config.image_size)):
         fail(f"--cache-size {config.cache_size} is less than {least}, to which images are resized to be tested")
     if config.weights == "imagenet" and config.net != "resnet50":
@@ -199,6 +214,13 @@ def check(config):
         one.item()
     except (RuntimeError, AssertionError):  # what torch raises for a device it does not know or have
         fail(f"--device {config.device} cannot be used on this machine; --device cpu always can")
+    processes = here()[1]
+    if processes > 1 and config.bn == "train" and one.device.type == "cpu":
+        fail("--bn train over many processes is SyncBatchNorm, which needs GPUs; use --bn stats, or one process")
+    if one.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        fail(f"{os.environ['LOCAL_WORLD_SIZE']} processes want a GPU each, and there are {torch.cuda.device_count()} here; lower NPROC")
+    if size < processes:
+        fail(f"--batch-size {size} is less than an image for each of {processes} processes")
     kernels.choice = config.kernels
     with told_in_one_line(RuntimeError):
         kernels.use_triton(one)
@@ -208,27 +230,35 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def fail(message):
-    """Bad input: one line, exit code 2."""
-    print(f"metrix: {message}", file=sys.stderr)
+def fail(message, by_all=False):
+    """Bad input: one line, exit code 2. Of many processes the first tells what all meet, and each what it alone meets."""
+    if by_all or here()[0] == 0:
+        print(f"metrix: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
-def told_in_one_line(*errors):
+def told_in_one_line(*errors, by_all=False):
     """Errors that the user can mend end the program like bad input."""
     try:
         yield
     except errors as error:
-        fail(str(error))
+        fail(str(error), by_all)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch has no kind of its own for this
+            raise
+        fail("a process that loads images died, perhaps for lack of memory; the same command goes on, or try --num-workers 0", by_all)
 
 
 # -------------------------------------------------------------------------------------------- method
 
 
 def step(model, metric, images, y, config, lam, pairing):
-    """Loss of one batch. images: (B, 3, H, W), y: (B,), lam in [0, 1], pairing one of metric.pairings."""
-    features = model.features(images)  # (B, C, h, w)
+    """Loss of one batch. images: (B, 3, H, W), y: (B,), lam in [0, 1], pairing one of metric.pairings.
+
+    Of many processes each runs the trunk on its share of the images, and all compute the one loss of the whole batch.
+    """
+    features, y = gather(model.features(images)), gather(y)  # (B, C, h, w), (B,)
     z = model.head(features)  # (B, D)
     loss = metric(z, y)
 
@@ -242,30 +272,142 @@ def step(model, metric, images, y, config, lam, pairing):
     elif config.mode == "input":
         i, j = losses.hardest_bank(z, y, pairing, config.hardest)  # (M,)
         if len(i):
-            v = model(lam * images[i] + (1 - lam) * images[j])  # (M, D)
+            images, a, b = gather(images), share(i), share(j)
+            v = model.head(gather(model.features(lam * images[a] + (1 - lam) * images[b])))  # (M, D)
             loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
     return loss
 
 
 def train_epoch(epoch, model, metric, optimizer, batches, config):
-    """One pass over the training batches. Returns the mean loss."""
+    """One pass over the training batches. Returns the mean loss, and how many steps and images were skipped.
+
+    Raises FloatingPointError(step) where a loss or gradient is not finite. A GPU is asked for that once in a while only:
+    the answer may come late, as nothing is saved before the epoch's end.
+    """
     rng = np.random.default_rng((config.seed, epoch, 1))
     model.train()
     model.train_trunk(epoch >= config.warmup_epochs)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * config.lr_gamma ** (epoch // config.lr_step)
-    total, steps = torch.zeros((), device=config.device), 0
-    for images, y in batches:
+    parameters = [*model.parameters(), *metric.parameters()]
+    total, steps, skipped, broken, finite = torch.zeros((), device=config.device), 0, 0, 0, []
+    for number, (images, y) in enumerate(batches):
+        if not (readable := y != data.BROKEN).all():
+            broken += int((~readable).sum())
+            images, y = images[readable], y[readable]
         images = images.to(config.device, memory_format=torch.channels_last, non_blocking=True)
         y = y.to(config.device, non_blocking=True)
         pairing = metric.pairings[rng.integers(len(metric.pairings))]
-        loss = step(model, metric, images, y, config, rng.beta(config.mix_alpha, config.mix_alpha), pairing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_value_([*model.parameters(), *metric.parameters()], config.clip)
-        optimizer.step()
+        lam = rng.beta(config.mix_alpha, config.mix_alpha)
+        with finished_first():
+            loss = step(model, metric, images, y, config, lam, pairing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            average(parameters)
+            finite.append(all_finite(loss, parameters))
+            if config.on_nonfinite == "skip" and not finite.pop():
+                skipped += 1
+                continue
+            if loss.device.type == "cpu" or len(finite) == CHECKED_TOGETHER:
+                check_finite(finite, number)
+                finite.clear()
+            torch.nn.utils.clip_grad_value_(parameters, config.clip)
+            optimizer.step()
         total, steps = total + loss.detach(), steps + 1
-    return total.item() / steps
+    check_finite(finite, number)
+    return total.item() / steps if steps else math.nan, skipped, broken
+
+
+def all_finite(loss, parameters):
+    """Whether a loss and all gradients are: on their device, nothing waits."""
+    values = [loss.detach(), *(p.grad for p in parameters if p.grad is not None)]
+    return torch.nn.utils.get_total_norm(values, math.inf).isfinite()
+
+
+def check_finite(finite, number):
+    """Raise FloatingPointError(step) for the first False; `number` is the step of the last."""
+    if finite and not (all_of := torch.stack(finite)).all():
+        raise FloatingPointError(number + 1 - len(finite) + int(all_of.int().argmin()))
+
+
+# ----------------------------------------------------------------------------------------- processes
+
+# Started by torchrun every process draws the same batches, lam and pairing, and loads and embeds its share of the images.
+# The loss of the whole batch is then computed by all, which costs little next to the trunk, and so is its gradient.
+
+
+def join_processes():
+    """Find the other processes of torchrun, if it is what started this one. Only the first prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group()  # NCCL for what lies on GPUs, Gloo for the rest
+        if here()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def here():
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(x):
+    """This process's part of a list or tensor: consecutive, and the parts differ in length by one at most."""
+    rank, size = here()
+    return x[len(x) * rank // size : len(x) * (rank + 1) // size]
+
+
+class Shares:
+    """This process's share of each batch."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return map(share, self.batches)
+
+
+def gather(x):
+    """The rows of all processes, in their order."""
+    return _Gather.apply(x) if here()[1] > 1 else x
+
+
+class _Gather(torch.autograd.Function):
+    """All processes compute the same from the result, so each has the whole gradient of its own rows.
+
+    Times the number of processes, by which `average` divides: right for the rows' share of a gradient, which adds up,
+    and for what all processes hold in full, as that of the proxies, which does not.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rank, size = here()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
+        dist.all_gather(lengths, torch.full_like(lengths[0], len(x)))
+        ctx.lengths = torch.cat(lengths).tolist()
+        padded = x.new_zeros(max(ctx.lengths), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, ctx.lengths)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.split(ctx.lengths)[ctx.rank] * len(ctx.lengths)
+
+
+def average(parameters):
+    """The mean over the processes, of every gradient."""
+    if here()[1] > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message
+        dist.all_reduce(flat)
+        flat /= here()[1]
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
 
 
 # ----------------------------------------------------------------------------------------------- run
@@ -284,36 +426,48 @@ def run(config):
         metric = LOSSES[config.loss](len(splits.train.classes), config.embedding_size)
         model.to(config.device, memory_format=torch.channels_last)
         metric.to(config.device)
+        if here()[1] > 1 and config.bn == "train":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer = make_optimizer(model, metric, config)
         log = open_run(config, splits, model, metric, optimizer)
         splits = cached(splits, config)
 
-    loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
+    skip_broken = config.on_broken_image == "skip"
+    loader = data.train_loader(splits.train, Shares(batches), config.image_size, config.min_crop, config.num_workers, skip_broken)
     held_out = splits[1:]  # test, or query and gallery
     images = len(batches) * config.batch_size
     progress = Progress((config.epochs - len(log)) * (images + sum(map(len, held_out))) + len(splits.train))
     for epoch in range(len(log), config.epochs):
         title = f"epoch {epoch + 1:3d}/{config.epochs}"
-        with told_in_one_line(OSError):  # an unreadable image, a full disk
+        with told_in_one_line(OSError, by_all=True):  # an unreadable image, a full disk
             batches.epoch = epoch
             progress.begin(f"{title}  training")
             started = time.perf_counter()
-            loss = train_epoch(epoch, model, metric, optimizer, progress.of(loader), config)
+            try:
+                loss, skipped, broken = train_epoch(epoch, model, metric, optimizer, progress.of(loader), config)
+            except FloatingPointError as error:
+                fail(not_finite(epoch, *error.args, splits.train.paths, batches, config))
             rate = images / (time.perf_counter() - started)
             progress.begin(f"{title}  testing")
             embedded = [embed(model, split, config, progress) for split in held_out]
-            if not math.isfinite(loss) or not all(z.isfinite().all() for z, _ in embedded):
-                fail(f"epoch {epoch + 1} diverged, its mean loss is {loss:.3g}; try a lower --lr and another --out")
+            if not math.isfinite(loss) or not all(part.z.isfinite().all() for part in embedded):
+                fail(f"epoch {epoch + 1} diverged, its mean loss is {loss:.3g}; try a lower --lr and another --out", by_all=True)
             last = epoch + 1 == config.epochs
-            train = embed(model, splits.train, config, progress)[0] if last else None
+            train = embed(model, splits.train, config, progress).z if last else None
             result, ranking = measure(embedded, RECALL_AT[config.dataset], last, train)
             line = dict(epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], recall=result.pop("recall"))
             line |= dict(seconds=time.perf_counter() - started, images_per_second=rate)
+            if config.on_nonfinite == "skip":
+                line["skipped_steps"] = skipped
+            if skip_broken:
+                line["broken_images"] = int(gather(torch.tensor([broken])).sum())
+                line["broken_images"] += sum(len(split) - len(gather(part.y)) for split, part in zip(held_out, embedded))
             log.append(line | result if last else line)
             recall_at_1 = 100 * line["recall"]["1"]
             progress.end(f"{title}  loss {loss:.4f}  R@1 {recall_at_1:.1f}  {rate:.0f} images/s  {line['seconds']:.1f} s")
-            save_epoch(config, log, model, metric, optimizer)
-            write_sheet(config.out, ranking, embedded, held_out)
+            with finished_first():
+                write_sheet(config.out, ranking, embedded, held_out)
+                save_epoch(config, log, model, metric, optimizer)
     return log
 
 
@@ -332,27 +486,55 @@ def cached(splits, config):
     return data.with_cache(splits, config.dataset, root, size, config.num_workers, config.device, watch)
 
 
+def not_finite(epoch, step, paths, batches, config):
+    """What to say of an epoch's step whose loss or gradient is not finite."""
+    batch = [paths[index] for index, _ in next(itertools.islice(batches, step, None))]
+    kept = f"{config.out}/last.pt is that of epoch {epoch}" if epoch else "there is no checkpoint yet"
+    return (
+        f"epoch {epoch + 1}, step {step + 1}: the loss or a gradient is not finite, on a batch of {len(batch)} images "
+        f"({', '.join(batch[:3])}, ..); {kept}; try a lower --lr and another --out, or go on with --on-nonfinite skip"
+    )
+
+
+class Embedded(NamedTuple):
+    """This process's share of a split, less images that could not be read."""
+
+    z: torch.Tensor  # (N, D)
+    y: torch.Tensor  # (N,)
+    place: torch.Tensor  # (N,) in the split
+
+
 def embed(model, split, config, progress):
-    """Embeddings and labels of a split, seen through the test transform."""
-    loader = data.test_loader(split, config.batch_size, config.image_size, config.num_workers)
-    return eval.embed_all(model, progress.of(loader), config.device)
+    """A split, seen through the test transform."""
+    part = dataclasses.replace(split, paths=share(split.paths), labels=share(split.labels))
+    skip_broken = config.on_broken_image == "skip"
+    loader = data.test_loader(part, config.batch_size, config.image_size, config.num_workers, skip_broken)
+    z, y = eval.embed_all(model, progress.of(loader), config.device)
+    readable = y != data.BROKEN
+    return Embedded(z[readable], y[readable], share(torch.arange(len(split), device=y.device))[readable])
 
 
 def measure(embedded, ks, everything, train=None):
-    """Recall or everything of [(embeddings, labels)] of a split, or of queries and gallery: a dict, and the ranking."""
-    ranking = eval.ranking(*itertools.chain(*embedded), nearest_only=not everything)
-    result = eval.summary(ranking, ks)
+    """Recall or everything of an Embedded split, or of queries and gallery: a dict, and the share's ranking."""
+    group = dist.group.WORLD if here()[1] > 1 else None
+    ranking = eval.ranking(*itertools.chain(*(part[:2] for part in embedded)), nearest_only=not everything, group=group)
+    result = eval.summary(ranking, ks, group)
     result["recall"] = {str(k): share for k, share in result["recall"].items()}  # as JSON will have it
     if everything:
-        z, y = (torch.cat(parts) for parts in zip(*embedded))
-        result |= eval.geometry(z, y, train)
+        z, y = (torch.cat([gather(part[n]) for part in embedded]) for n in range(2))
+        result |= eval.geometry(z, y, None if train is None else gather(train))
     return result, ranking
 
 
 def write_sheet(out, ranking, embedded, splits):
-    shown = [(z, split.paths, split.labels) for (z, _), split in zip(embedded, splits)]
-    with replacing(f"{out}/retrieval.png") as file:
-        eval.retrieval_sheet(file, ranking.rank, *itertools.chain(*shown))
+    shown = []
+    for part, split in zip(embedded, splits):
+        z, y, place = map(gather, part)
+        shown += [z, [split.paths[at] for at in place.tolist()], y.tolist()]
+    rank = gather(ranking.rank)
+    if here()[0] == 0:
+        with replacing(f"{out}/retrieval.png") as file:
+            eval.retrieval_sheet(file, rank, *shown)
 
 
 def make_optimizer(model, metric, config):
@@ -368,9 +550,10 @@ def open_run(config, splits, model, metric, optimizer):
     if not os.path.exists(f"{config.out}/last.pt"):  # nothing yet, or nothing that one could go on with
         if config.resume:
             fail(f"--resume: {config.out} holds no run to go on with")
-        os.makedirs(config.out, exist_ok=True)
-        with replacing(written) as file, open(file, "w") as out:
-            print(json.dumps(wanted, indent=2), file=out)
+        if here()[0] == 0:
+            os.makedirs(config.out, exist_ok=True)
+            with replacing(written) as file, open(file, "w") as out:
+                print(json.dumps(wanted, indent=2), file=out)
         return []
     there = read_settings(config.out)
     compared = [name for name in wanted if name not in NOT_OF_THE_RESULT]
@@ -381,9 +564,10 @@ def open_run(config, splits, model, metric, optimizer):
     try:
         for module, name in ((model, "model"), (metric, "metric"), (optimizer, "optimizer")):
             module.load_state_dict(state[name])
+        best_of(state["log"])
         print(f"going on with {config.out} after epoch {len(state['log'])} of {config.epochs}")
         return state["log"]
-    except (KeyError, TypeError, RuntimeError):  # what load_state_dict raises for a foreign one
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # what a foreign one raises
         fail(f"{config.out}/last.pt: not the checkpoint of such a run; name another --out")
 
 
@@ -404,22 +588,66 @@ def read_settings(out):
 
 def save_epoch(config, log, model, metric, optimizer):
     """log.jsonl, best.pt if this epoch is the best so far, and last.pt, from which the run goes on."""
+    if here()[0] > 0:
+        return
     with replacing(f"{config.out}/log.jsonl") as file, open(file, "w") as out:
         for line in log:
             print(json.dumps(line), file=out)
     state = dict(model=model.state_dict(), metric=metric.state_dict(), epoch=len(log), log=log, config=vars(config))
     if best_of(log) is log[-1]:
-        with replacing(f"{config.out}/best.pt") as file:
-            torch.save(state, file)
-    with replacing(f"{config.out}/last.pt") as file:
-        torch.save(state | dict(optimizer=optimizer.state_dict()), file)
+        save(state, f"{config.out}/best.pt")
+    save(state | dict(optimizer=optimizer.state_dict()), f"{config.out}/last.pt")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A name to write to, which becomes `path` when all is written: a reader sees the old file or the new one."""
-    yield f"{path}.unfinished"
-    os.replace(f"{path}.unfinished", path)
+    """A name to write to, which becomes `path` when all is on the disk: whatever happens, the old file is there or the new."""
+    unfinished = f"{path}.unfinished"
+    try:
+        yield unfinished
+        synchronise(unfinished)
+        os.replace(unfinished, path)
+        synchronise(os.path.dirname(path))
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: cannot be written ({error.strerror or error}); what was there before is intact") from error
+        raise
+
+
+@contextlib.contextmanager
+def finished_first():
+    """SIGINT and SIGTERM wait until what is inside is done, then raise KeyboardInterrupt.
+
+    Within an epoch nothing need be saved: it is replayed from (seed, epoch).
+    """
+    waiting = []
+    usual = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        if waiting:
+            raise KeyboardInterrupt(waiting[0])
+
+
+def synchronise(path):
+    """Wait until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(state, path):
+    with replacing(path) as file, open(file, "wb") as out:
+        try:
+            torch.save(state, out)
+        except RuntimeError as error:  # of torch's writer, which cannot close what could not be written either
+            raise error.__context__ or error
 
 
 def best_of(log):
@@ -443,7 +671,7 @@ class Progress:
     def of(self, loader):
         for images, y in loader:
             yield images, y
-            self.done += len(y)
+            self.done += len(y) * here()[1]
             now = time.perf_counter()
             if now - self.shown > (0.5 if self.terminal else 60):
                 self.shown = now
@@ -537,14 +765,18 @@ def evaluate_run(arguments):
     arguments = vars(parser.parse_args(arguments))
     out = arguments["run_dir"]
     there = read_settings(out)
-    if missing := [field.name for field in dataclasses.fields(Config) if field.name not in there]:
-        fail(f"{out}/config.json: no {missing[0]} in it; it is not of this program")
+    for field in dataclasses.fields(Config):
+        if field.name not in there:
+            fail(f"{out}/config.json: no {field.name} in it; it is not of this program")
+        value, choices = there[field.name], field.metadata.get("choices")
+        if not isinstance(value, (int, float) if field.type is float else field.type) or choices and value not in choices:
+            fail(f"{out}/config.json: {field.name} cannot be {str(value)[:80]}; repair it, or name another run")
     config = Config(**{field.name: there[field.name] for field in dataclasses.fields(Config)})
     config.out, config.device = out, arguments["device"]
     config.data_root = arguments["data_root"] or config.data_root
     config.num_workers = config.num_workers if arguments["num_workers"] is None else arguments["num_workers"]
     check(config)
-    with told_in_one_line(ValueError, OSError):
+    with told_in_one_line(ValueError, OSError, by_all=True):
         splits = cached(data.load(config.dataset, config.data_root), config)
         model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
         state = models.read_checkpoint(f"{out}/{arguments['checkpoint']}.pt")
@@ -558,16 +790,18 @@ def evaluate_run(arguments):
         train, *held_out = [embed(model, split, config, progress) for split in splits]
         testing = arguments["split"] == "test"
         chosen, embedded = (splits[1:], held_out) if testing else (splits[:1], [train])
-        result, ranking = measure(embedded, RECALL_AT[config.dataset], True, train[0] if testing else None)
+        result, ranking = measure(embedded, RECALL_AT[config.dataset], True, train.z if testing else None)
         result = dict(checkpoint=arguments["checkpoint"], epoch=state["epoch"], split=arguments["split"]) | result
         write_sheet(out, ranking, embedded, chosen)
-        if arguments["embeddings"]:
-            names = ("embeddings", "labels", "gallery_embeddings", "gallery_labels")
-            arrays = dict(zip(names, (x.cpu().numpy() for x in itertools.chain(*embedded)))) | dict(train_embeddings=train[0].cpu().numpy())
+        names = ("embeddings", "labels", "gallery_embeddings", "gallery_labels")
+        arrays = dict(zip(names, (gather(x).cpu().numpy() for part in embedded for x in part[:2])))
+        arrays["train_embeddings"] = gather(train.z).cpu().numpy()
+        if arguments["embeddings"] and here()[0] == 0:
             with replacing(f"{out}/embeddings.npz") as name, open(name, "wb") as file:
                 np.savez(file, **arrays)
-        with replacing(f"{out}/eval.json") as name, open(name, "w") as file:
-            print(json.dumps(result, indent=2), file=file)
+        if here()[0] == 0:
+            with replacing(f"{out}/eval.json") as name, open(name, "w") as file:
+                print(json.dumps(result, indent=2), file=file)
     print(f"{config.dataset} {config.loss} {config.mode}, {arguments['checkpoint']} checkpoint (epoch {state['epoch']}), ", end="")
     print(f"{arguments['split']}: {result['queries']} queries, and {result['lone_queries']} with nothing to find, left out")
     print(*eval.table(result), "", json.dumps(result), sep="\n")
@@ -577,6 +811,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     # Pins the threads of a matrix product too, which otherwise may vary, and with them its last digits.
     torch.set_num_threads(torch.get_num_threads())
+    signal.signal(signal.SIGTERM, stop)
+    join_processes()
     try:
         if arguments[:1] == ["all"]:
             run_all(arguments[1:])
@@ -585,9 +821,22 @@ def main(arguments=None):
         else:
             config = parse(arguments)
             report(config, run(config))
-    except KeyboardInterrupt:
-        print("\nmetrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        if here()[0] == 0:
+            print("\n" * sys.stderr.isatty() + "metrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
+        sys.exit(128 + number)
+    except RuntimeError as error:
+        if here()[1] == 1 or "gloo" not in str(error):
+            raise
+        sys.exit(1)  # another process has ended and told why
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def stop(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

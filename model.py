@@ -14,6 +14,7 @@ With frozen statistics batch norm is an affine map a channel, and folding it int
 gives the same values and gradients for one elementwise pass and one saved activation less.
 """
 
+import hashlib
 import os
 
 import torch
@@ -180,11 +181,15 @@ def read_checkpoint(file):
 
 
 def _imagenet_file():
-    """Path of torchvision's ImageNet weights for ResNet-50, downloaded with their hash checked if not yet there."""
+    """Path of torchvision's ImageNet weights for ResNet-50, downloaded if not yet there; their hash is checked always."""
     file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(IMAGENET_URL))
-    if not os.path.exists(file):
+    prefix = file.rsplit("-", 1)[1].removesuffix(".pth")  # of the file's SHA-256
+    if os.path.exists(file):
+        with open(file, "rb") as content:
+            if not hashlib.sha256(content.read()).hexdigest().startswith(prefix):
+                raise ValueError(f"{file}: not the file that its name says (its SHA-256 is another); delete it")
+    else:
         os.makedirs(os.path.dirname(file), exist_ok=True)
-        prefix = file.rsplit("-", 1)[1].removesuffix(".pth")  # of the file's SHA-256
         try:
             torch.hub.download_url_to_file(IMAGENET_URL, file, hash_prefix=prefix)
         except (OSError, RuntimeError) as error:  # no network, or another hash

@@ -3,6 +3,7 @@
 # ./run.sh all DATASET [--flag value ..]               the twelve cells of a data set, and a table of them
 # ./run.sh eval RUN_DIR [--split train] [--checkpoint best] [--embeddings]   every metric of a run
 # ./run.sh bench [KERNEL] [--sizes ..] [--json FILE]   time the kernels against what else one could use
+# NPROC=4 ./run.sh sop contrastive feature             on four processes, a GPU each: torchrun
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
 set -euo pipefail
@@ -55,5 +56,8 @@ fi
 if [[ ${1:-} == bench ]]; then
     shift
     PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m kernels.bench "$@"
+fi
+if [[ ${NPROC:-1} != 1 ]]; then
+    exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" "$here/metrix.py" "$@"
 fi
 exec "$python" "$here/metrix.py" "$@"

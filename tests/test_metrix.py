@@ -254,8 +254,9 @@ def test_what_is_no_run_is_not_evaluated(tree, tmp_path, capsys):
         assert ended.value.code == 2 and told.startswith("metrix: ") and told.count("\n") == 1 and message in told, told
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tree, tmp_path, monkeypatch, capsys):
-    cell, more = "proxyanchor input", "--epochs 3 --warmup-epochs 1"
+@pytest.mark.parametrize("loss, mode", CELLS)
+def test_a_stopped_run_goes_on_to_the_same_end(loss, mode, tree, tmp_path, monkeypatch, capsys):
+    cell, more = f"{loss} {mode}", "--epochs 3 --warmup-epochs 1"
     metrix.main(command(tree, tmp_path / "whole", cell, more))
 
     def stop_in_the_third_epoch(epoch, *rest, train_epoch=metrix.train_epoch):
@@ -351,7 +352,7 @@ def test_a_diverging_run_is_told_in_one_line_and_keeps_its_last_epoch(tree, tmp_
     with pytest.raises(SystemExit) as end:
         metrix.main(command(tree, tmp_path / "run", more="--epochs 2 --lr 1e9"))
     told = capsys.readouterr().err
-    assert end.value.code == 2 and told.count("\n") == 1 and "diverged" in told
+    assert end.value.code == 2 and told.count("\n") == 1 and "epoch 1, step 2: the loss or a gradient is not finite" in told
 
 
 @pytest.mark.parametrize(
