@@ -37,7 +37,7 @@ from kernels import mix_pool
 
 D = 512
 INPUTS = 3  # sets of inputs that take turns
-SECONDS = 4  # spent on a form, about; at least 3 repetitions
+SECONDS = 12  # for the slowest form of a case, about; up to 30 repetitions of each
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -123,7 +123,7 @@ def differs(result, expected, tolerance):
 def measured(case, device):
     """A row: {"kernel", "case", "forms": {name: {"ms", "mib"} or {"told"}}, ..}."""
     row = {name: case[name] for name in ("kernel", "case", "size")} | dict(forms={})
-    expected, valid = None, {}
+    expected, valid, first = None, {}, {}
     for name, form in case["forms"].items():
         try:
             result = form(0)
@@ -131,21 +131,22 @@ def measured(case, device):
                 row["forms"][name] = dict(told="wrong")
                 continue
             expected = result if expected is None else expected
+            start = time.perf_counter()
             row["forms"][name] = dict(mib=peak_memory(form, device))
-            valid[name] = form
+            valid[name], first[name] = form, time.perf_counter() - start
         except Absent:
             row["forms"][name] = dict(told="absent")
         except Exception as error:
             if not out_of_memory(error):
                 raise
             row["forms"][name] = dict(told="out of memory")
-    times = {name: [seconds(form, 1, device)] for name, form in valid.items()}
-    longest = max((first for (first,) in times.values()), default=0)
-    for turn in range(max(3, min(50, int(SECONDS / max(longest, 1e-3))))):
+    times = {name: [] for name in valid}
+    longest = max(first.values(), default=0)
+    for turn in range(max(1, min(30, int(SECONDS / max(longest, 1e-3))))):
         for name, form in valid.items():
-            times[name].append(seconds(form, turn % INPUTS, device, brief=times[name][0] < 0.1))
+            times[name].append(seconds(form, turn % INPUTS, device, brief=first[name] < 0.1))
     for name in valid:
-        row["forms"][name]["ms"] = 1000 * statistics.median(times[name][1:])
+        row["forms"][name]["ms"] = 1000 * statistics.median(times[name])
     if "ms" in row["forms"].get("ours", {}):
         rate = case["work"] / row["forms"]["ours"]["ms"] * 1000
         row["rate"], row["unit"] = rate / (1e12 if case["unit"] == "TFLOP/s" else 1e9), case["unit"]
@@ -375,7 +376,7 @@ def step_cases(device, sizes):
 
 CASES = dict(pairwise=pairwise_cases, mixed=mixed_cases, mix_pool=mix_pool_cases, recall=recall_cases, step=step_cases)
 SIZES = {
-    "cpu": dict(pairwise=(100, 2048, 8192), mixed=(100, 500), mix_pool=(100,), recall=(5924, 20000), step=(100,)),
+    "cpu": dict(pairwise=(100, 2048, 8192), mixed=(100, 300), mix_pool=(100,), recall=(5924, 20000), step=(100,)),
     "cuda": dict(
         pairwise=(100, 1024, 4096, 16384, 65536),
         mixed=(100, 500, 4000),
