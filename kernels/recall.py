@@ -131,12 +131,19 @@ class Tally:
 
     def __call__(self, sim, queries, items, dim):
         """sim: similarities of a slice of the queries to a slice of the gallery, the items running along `dim`."""
-        surely, maybe = self.above(sim, self.surely[queries], dim), self.above(sim, self.maybe[queries], dim)
-        self.nearest[queries] += surely
+        maybe = self.above(sim, self.maybe[queries], dim)
+        query = maybe.nonzero().squeeze(1)  # as a rule few: of a trained embedding, and far from its diagonal
+        if 4 * len(query) < len(maybe):
+            near, maybe = sim.index_select(1 - dim, query), maybe[query]
+        else:
+            near, query = sim, torch.arange(len(maybe), device=sim.device)
+        query += queries.start
+        surely = self.above(near, self.surely[query], dim)
+        self.nearest[query] += surely
         unsure = (maybe > surely).nonzero().squeeze(1)
         if len(unsure):
-            near = sim.index_select(1 - dim, unsure)
-            near, query = near if dim else near.T, unsure + queries.start
+            near, query = near.index_select(1 - dim, unsure), query[unsure]
+            near = near if dim else near.T
             q, item = ((near > self.maybe[query, None]) & (near <= self.surely[query, None])).nonzero(as_tuple=True)
             self.decide(query[q], item + items.start, items)
         if not self.nearest_only:

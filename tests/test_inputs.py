@@ -139,6 +139,30 @@ def test_any_archive_of_embeddings_is_read_or_refused(tmp_path, capsys):
             assert end.code == 2 and told.startswith("eval: ") and told.count("\n") == 1, told
 
 
+def test_any_cache_is_used_as_it_was_made_or_built_again(tmp_path, write_tree):
+    """A changed pixel is not seen; a changed table, length or seal is."""
+    root = str(write_tree(tmp_path / "images", {f"class{c}": 3 for c in range(4)}, size=9))
+    cached = data.with_cache(data.load("folder", root), "folder", root, 64, 0)
+    file = pathlib.Path(cached.train.cache.file)
+    read = []
+
+    def spy(path, source, count, read_table=data.read_cache_table):
+        read.append((source, count))
+        return read_table(path, source, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_cache_table", spy)
+        data.with_cache(data.load("folder", root), "folder", root, 64, 0)
+    (arguments,) = read
+    rng, refused, content, expected = np.random.default_rng(0), 0, file.read_bytes(), data.read_cache_table(file, *arguments)
+    for case in range(CASES):
+        file.write_bytes(mutated(content, rng) if case % 2 else cut(content, rng))
+        table = data.read_cache_table(file, *arguments)
+        refused += table is None
+        assert table is None or (table == expected).all() and file.stat().st_size == len(content)
+    assert refused > 0.9 * CASES
+
+
 def test_no_pickle_is_loaded_from_an_archive(tmp_path, capsys):
     np.savez(tmp_path / "z.npz", embeddings=np.array([{"any": "object"}], dtype=object), labels=np.zeros(1, int))
     with pytest.raises(SystemExit) as end:
