@@ -97,12 +97,9 @@ def summary(ranking, ks, group=None):
     found = ranking.rank >= 0
     columns = [values[found].tolist() for values in ranking if values is not None]
     lone = int((~found).sum())
-    if group is not None:
-        parts = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, (columns, lone), group)
-        columns = [sum(column, []) for column in zip(*(columns for columns, _ in parts))]
-        lone = sum(lone for _, lone in parts)
-    rank, *means = columns
+    parts = _World(group).gather((columns, lone))
+    rank, *means = [sum(column, []) for column in zip(*(columns for columns, _ in parts))]
+    lone = sum(lone for _, lone in parts)
     if not rank:
         raise ValueError("no query has another item of its class to find")
     result = dict(queries=len(rank), lone_queries=lone, recall={k: sum(r < k for r in rank) / len(rank) for k in ks})

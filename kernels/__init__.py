@@ -5,6 +5,7 @@ one runs: "torch", "triton", or "auto", which takes Triton for tensors on a GPU.
 """
 
 import os
+import types
 
 import torch
 
@@ -14,7 +15,7 @@ try:
 
     jit = triton.jit
 except ImportError:  # no Triton for this platform: its forms stay unused
-    triton, tl, jit = None, torch, lambda function: function
+    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
 
 CHOICES = ("auto", "torch", "triton")
 choice = "auto"
@@ -42,3 +43,24 @@ def product(rows, cols):
         return rows @ cols.T
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def padded(z, multiple):
+    """z with zero columns up to a multiple, contiguous: no mask along D, and loads that may be wide."""
+    return torch.nn.functional.pad(z, (0, -z.shape[1] % multiple)).contiguous()
+
+
+@jit
+def similarities(x, v, r, c, R, N, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """(BM, BN) inner products of rows r of x and rows c of v; D is a multiple of BK."""
+    s = tl.zeros((BM, BN), tl.float32)
+    k = tl.arange(0, BK)
+    x += r.to(tl.int64)[:, None] * D + k[None, :]
+    v += c.to(tl.int64)[None, :] * D + k[:, None]
+    for _ in range(0, D, BK):
+        a = tl.load(x, mask=(r < R)[:, None], other=0.0)  # (BM, BK)
+        b = tl.load(v, mask=(c < N)[None, :], other=0.0)  # (BK, BN)
+        s = tl.dot(a, b, s, input_precision=PRECISION)
+        x += BK
+        v += BK
+    return s

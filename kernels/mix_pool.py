@@ -15,8 +15,6 @@ written, would be 1.9 GB. All arithmetic is in float32, or float64 for float64 f
 Shapes: B images, C channels, S = h*w positions, M pairs, K pairs of one chunk.
 """
 
-from __future__ import annotations  # tl.constexpr, where there is no Triton, is only a word
-
 import torch
 
 from kernels import jit, tl, triton, use_triton

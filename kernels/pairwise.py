@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import jit, product, tl, triton, use_triton
+from kernels import jit, padded, product, similarities, tl, triton, use_triton
 
 TINY = 1e-12  # under the square root of a distance
 LARGEST_EXPONENT = 70  # e^70 times a million terms is a float32
@@ -173,22 +173,6 @@ def _torch_gradients(x, v, rows, columns, rho, mixed, pull_grad, push_grad):
 
 
 @jit
-def similarities(x, v, r, c, R, N, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """(BM, BN) inner products of rows r of x and rows c of v; D is a multiple of BK."""
-    s = tl.zeros((BM, BN), tl.float32)
-    k = tl.arange(0, BK)
-    x += r.to(tl.int64)[:, None] * D + k[None, :]
-    v += c.to(tl.int64)[None, :] * D + k[:, None]
-    for _ in range(0, D, BK):
-        a = tl.load(x, mask=(r < R)[:, None], other=0.0)  # (BM, BK)
-        b = tl.load(v, mask=(c < N)[None, :], other=0.0)  # (BK, BN)
-        s = tl.dot(a, b, s, input_precision=PRECISION)
-        x += BK
-        v += BK
-    return s
-
-
-@jit
 def term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
     """`terms`, of a tile."""
     if KIND == 0:
@@ -308,13 +292,9 @@ def _gradient(
 PRECISION = "tf32x3"
 # Block sizes without spills on sm80, sm90 and sm100 by the ahead-of-time reports; not timed. Of float32, else of 16 bits.
 LAUNCH = dict(num_warps=8, num_stages=2)
+WIDTH = 64  # D is padded to a multiple of this, the largest BK
 SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=64, BN=32, BK=64))
 GRADIENT = (dict(BM=32, BN=32, BK=32, BD=256), dict(BM=64, BN=32, BK=64, BD=256))
-
-
-def _padded(x):
-    """Columns up to a multiple of what a program takes at once: no mask along D, and loads that may be wide."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % 64)).contiguous()
 
 
 def _packed(*tensors, dtype):
@@ -329,7 +309,7 @@ def _limits(rows, x):
 
 def _triton_sums(x, v, rows, columns, rho, mixed):
     sums = torch.empty(4, len(x), dtype=torch.float32, device=x.device)
-    x, v = _padded(x), _padded(v)
+    x, v = padded(x, WIDTH), padded(v, WIDTH)
     blocks = SUMS[x.dtype != torch.float32]
     _sums[(triton.cdiv(len(x), blocks["BM"]),)](
         x, v, _packed(*rows[:2], dtype=torch.int64), _packed(*columns, dtype=torch.int64), _limits(rows, x), sums,
@@ -342,7 +322,7 @@ def _triton_sums(x, v, rows, columns, rho, mixed):
 def _triton_gradients(x, v, rows, columns, rho, mixed, pull_grad, push_grad):
     """dx and dv; if v is None, the columns are x itself, and dx is the whole gradient."""
     width, symmetric = x.shape[1], v is None
-    x, v = _padded(x), _padded(x if v is None else v)
+    x, v = padded(x, WIDTH), padded(x if v is None else v, WIDTH)
     row, column = _packed(*rows[:2], dtype=torch.int64), _packed(*columns, dtype=torch.int64)
     limit, grad = _limits(rows, x), _packed(pull_grad, push_grad, dtype=torch.float32)
     unused = grad  # in place of arrays that only rows have: never read

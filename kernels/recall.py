@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import jit, product, tl, use_triton
+from kernels import jit, padded, product, similarities, tl, use_triton
 
 TILE = 1024  # rows and columns of similarities at a time; 4 MiB
 BLOCK, CAP = 8192, 2**22  # the Triton form: rows and columns at a time, pairs it can list; the lists take 64 MiB
@@ -293,16 +293,7 @@ def _sweep(
         if i > j:
             return
     r, c = i * B + tl.arange(0, B), j * B + tl.arange(0, B)
-    at = tl.arange(0, BK)
-    row = rows + r.to(tl.int64)[:, None] * D + at[None, :]
-    col = cols + c.to(tl.int64)[:, None] * D + at[None, :]
-    sim = tl.zeros([B, B], tl.float32)
-    for _ in range(0, D, BK):  # D is padded to a multiple of BK
-        a = tl.load(row, mask=(r < R)[:, None], other=0.0)
-        b = tl.load(col, mask=(c < C)[:, None], other=0.0)
-        sim = tl.dot(a, tl.trans(b), sim, input_precision="ieee")
-        row += BK
-        col += BK
+    sim = similarities(rows, cols, r, c, R, C, D, B, B, BK, "ieee")
     y = tl.load(row_labels + r, mask=r < R, other=0)
     items_y = tl.load(col_labels + c, mask=c < C, other=0)
     shown = (y[:, None] != items_y[None, :]) & (r < R)[:, None] & (c < C)[None, :]
@@ -338,7 +329,7 @@ LAUNCH = dict(num_warps=4, num_stages=3)
 def _block(tally, rows, cols, own):
     """As _tile, for a block of any size."""
     R, C = len(rows.y), len(cols.y)
-    a, b = (torch.nn.functional.pad(run.z, (0, -run.z.shape[1] % META["BK"])).contiguous() for run in (rows, cols))
+    a, b = (padded(run.z, META["BK"]) for run in (rows, cols))
     sides = [(rows.at, cols.at)]
     limits = [_limits(tally, rows.at, rows, cols)]
     if own is not None:

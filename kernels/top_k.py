@@ -14,7 +14,7 @@ Shapes: Q queries, G gallery items, D embedding size.
 
 import torch
 
-from kernels import jit, product, tl, use_triton
+from kernels import jit, padded, product, similarities, tl, use_triton
 from kernels.recall import TILE, slices
 
 LARGEST = 128  # k in the Triton form
@@ -48,21 +48,13 @@ def _stream(
     # A program owns BQ queries and SHARE gallery items, a multiple of BG; it writes the k largest keys of each query.
     part = tl.program_id(1)
     q = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    place, at = tl.arange(0, K), tl.arange(0, BK)
+    place = tl.arange(0, K)
     best = tl.where(place < k, -(2**63) + place.to(tl.int64), 2**63 - 1)  # all different and below any key; never replaced beyond k
     best = tl.zeros([BQ, 1], tl.int64) + best[None, :]
     kth = tl.min(best, 1)
     for start in range(part * SHARE, tl.minimum(part * SHARE + SHARE, G), BG):
         g = start + tl.arange(0, BG)
-        sim = tl.zeros([BQ, BG], tl.float32)
-        row = query + q.to(tl.int64)[:, None] * D + at[None, :]
-        col = gallery + g.to(tl.int64)[:, None] * D + at[None, :]
-        for _ in range(0, D, BK):  # D is padded to a multiple of BK
-            a = tl.load(row, mask=(q < Q)[:, None], other=0.0)
-            b = tl.load(col, mask=(g < G)[:, None], other=0.0)
-            sim = tl.dot(a, tl.trans(b), sim, input_precision="ieee")
-            row += BK
-            col += BK
+        sim = similarities(query, gallery, q, g, Q, G, D, BQ, BG, BK, "ieee")
         bits = tl.where(sim == 0, 0.0, sim).to(tl.int32, bitcast=True)  # no negative zero, which would sort lower
         key = (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32) + (0xFFFFFFFF - g.to(tl.int64))[None, :]
         shown = (g < G)[None, :]
@@ -88,7 +80,7 @@ PROGRAMS = 512  # or as many as there are tiles: enough to fill a GPU when the q
 def _streamed(query, gallery, k, exclude_self):
     """As _tiled, for k of at most LARGEST."""
     Q, G = len(query), len(gallery)
-    query, gallery = (torch.nn.functional.pad(z.float(), (0, -z.shape[1] % META["BK"])).contiguous() for z in (query, gallery))
+    query, gallery = (padded(z.float(), META["BK"]) for z in (query, gallery))
     rows, tiles = -(-Q // META["BQ"]), -(-G // META["BG"])
     share = -(-tiles // -(-PROGRAMS // rows))  # tiles of a program
     parts = -(-tiles // share)

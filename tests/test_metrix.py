@@ -406,3 +406,9 @@ def test_the_toy_baseline_is_neither_hopeless_nor_saturated(tmp_path):
     summary = json.loads(result.stdout.splitlines()[-1])
     assert 0.40 < summary["last"]["recall"]["1"] < 0.85
     assert sorted(os.listdir(tmp_path / summary["out"])) == sorted(metrix.WRITTEN)
+
+
+def test_without_triton_everything_but_its_forms_is_there():
+    code = "import sys; sys.modules['triton'] = None; import metrix, kernels, kernels.crop, kernels.top_k; assert kernels.triton is None"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
