@@ -70,12 +70,16 @@ class RetrievalSplits(NamedTuple):
     gallery: Split  # the classes of `query`, numbered alike
 
 
-def load(dataset, root):
+def load(dataset, root, validation=False):
     """The splits of a data set under `root`: Splits, or RetrievalSplits where queries search a gallery of its own.
 
-    Raises ValueError or OSError with one line that names the file or directory and what to do.
+    validation: the training classes alone; half of them trains and half tests, so that settings can be chosen while the
+    test classes stay unseen. Raises ValueError or OSError with one line that names the file or directory and what to do.
     """
     splits = DATASETS[dataset](root)
+    if validation:
+        names = splits.train.classes
+        splits = split_off(set(names[: len(names) // 2]), [(path, names[label]) for path, label in zip(splits.train.paths, splits.train.labels)])
     train, query, gallery = splits.train, splits[1], splits[-1]
     if shared := sorted(set(train.classes) & set(query.classes + gallery.classes)):
         raise ValueError(

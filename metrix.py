@@ -116,6 +116,7 @@ class Config:
     data_path: str = option("decode", "decode: images from their files every time; cache: decoded once", choices=data.PATHS)
     cache_size: int = option(320, "pixels of an image's shorter side in the cache; smaller images stay as they are", least=32)
     out: str = option("", "where the run is written; empty: runs/DATASET-LOSS-MODE-seedN")
+    validation: bool = option(False, "train on half of the training classes and test on the others, to choose settings by")
     seed: int = option(0, "of everything random", least=0)
     num_workers: int = option(min(4, os.cpu_count() or 1), "processes that load images; the result is the same", least=0)
     device: str = option("auto", "auto: cuda if there is one, else cpu")
@@ -185,7 +186,7 @@ def parse(arguments):
         recipe = recipe | FROM_SCRATCH
     config = Config(**(recipe | given))
     config.data_root = os.path.normpath(config.data_root)
-    config.out = config.out or f"runs/{config.dataset}-{config.loss}-{config.mode}-seed{config.seed}"
+    config.out = config.out or f"runs/{config.dataset}-{config.loss}-{config.mode}{'-validation' * config.validation}-seed{config.seed}"
     check(config)
     return config
 
@@ -416,7 +417,7 @@ def average(parameters):
 def run(config):
     """Train, evaluate after every epoch, write OUT/. Returns the log, a dict an epoch."""
     with told_in_one_line(ValueError, OSError):
-        splits = data.load(config.dataset, config.data_root)
+        splits = data.load(config.dataset, config.data_root, config.validation)
         data.check_images(splits)
         describe(config, splits)
         batches = data.TrainBatches(splits.train.labels, config.batch_size, config.images_per_class, config.seed)
@@ -482,8 +483,8 @@ def cached(splits, config):
         yield from progress.of(chunks)
         progress.end(f"decoded {progress.images} images")
 
-    root, size = config.data_root, config.cache_size
-    return data.with_cache(splits, config.dataset, root, size, config.num_workers, config.device, watch)
+    name, size = f"{config.dataset}{'-validation' * config.validation}", config.cache_size
+    return data.with_cache(splits, name, config.data_root, size, config.num_workers, config.device, watch)
 
 
 def not_finite(epoch, step, paths, batches, config):
@@ -777,7 +778,7 @@ def evaluate_run(arguments):
     config.num_workers = config.num_workers if arguments["num_workers"] is None else arguments["num_workers"]
     check(config)
     with told_in_one_line(ValueError, OSError, by_all=True):
-        splits = cached(data.load(config.dataset, config.data_root), config)
+        splits = cached(data.load(config.dataset, config.data_root, config.validation), config)
         model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
         state = models.read_checkpoint(f"{out}/{arguments['checkpoint']}.pt")
         try:
