@@ -13,7 +13,8 @@ Which entries an anchor sees depends on the pairing, V(a) below; proxies as anch
 
 Shapes: B examples, A anchors, M bank entries, R rows, N columns, D embedding size, P classes (proxies).
 Embeddings may be of any length and of any float type; the losses normalise them and compute in float32
-(float64 if given that), under autocast too. Plain PyTorch, no loop over anchors or pairs.
+(float64 if given that), under autocast too. Plain PyTorch, no loop over anchors or pairs. Labels and banks may stay on
+the CPU while embeddings are on a GPU: index lists are then made there, and no loss waits for the GPU.
 Method: Venkataramanan et al., It Takes Two to Tango, ICLR 2022, arXiv 2106.04990.
 """
 
@@ -26,7 +27,7 @@ from torch import nn
 
 import kernels
 from kernels import mixed as triplets
-from kernels import pairwise
+from kernels import pairwise, placed
 
 PAIRINGS = ("positive-negative", "anchor-negative")
 TINY = 1e-12  # under a square root: keeps its gradient finite where two embeddings coincide
@@ -50,11 +51,12 @@ def hardest_bank(z, y, pairing, hardest=1):
     """For every anchor a and every x that can serve it: (x, the `hardest` negatives of a), each pair once.
 
     Hardest is the highest similarity to a; no gradient flows through the choice.
-    z: (B, D), y: (B,). Returns i, j: int64 (M,), sorted by i, then j; M <= hardest * (number of pairs a, x).
+    z: (B, D), y: (B,). Returns i, j: int64 (M,), sorted by i, then j; M <= hardest * (number of pairs a, x). As M
+    depends on z, this waits for a GPU.
     """
     z = _unit(z.detach())
-    sim = (z @ z.T).masked_fill(y[:, None] == y, -math.inf)  # (B, B)
-    top, negative = sim.topk(min(hardest, len(y)), dim=1)  # (B, hardest)
+    sim = (z @ z.T).masked_fill(placed(y[:, None] == y, z), -math.inf)  # (B, B)
+    top, negative = (x.to(y.device) for x in sim.topk(min(hardest, len(y)), dim=1))  # (B, hardest)
     a, x = serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
     pair = x[:, None] * len(y) + negative[a]  # (R, hardest), one number a pair
     pair = pair[top[a] > -math.inf].unique()
@@ -155,6 +157,7 @@ class MetricLoss(nn.Module):
     def forward(self, z, y):
         """Clean loss of embeddings z (B, D) with integer labels y (B,)."""
         self.check(z, y)
+        y = placed(y, z)
         if self.fused(z, len(z) * len(z), MANY):
             return self.of_sums(*self.clean_sums(z, y))
         return self.clean(z, y)
@@ -168,8 +171,8 @@ class MetricLoss(nn.Module):
             raise ValueError(f"a bank of {len(v)} embeddings with {len(i)} indices")
         anchors, v = self.anchors(z, y), _unit(v).to(z.dtype)  # (A, D), (M, D)
         if self.fused(z, len(anchors) * len(v), MANY):
-            return self.of_sums(*pairwise.pair_sums(anchors, v, *self.shown(y, i, pairing), self.rho, mixed=True), lam)
-        return self.reduce(anchors @ v.T, self.serves(y, i, pairing), _indices(anchors), len(anchors), lam)
+            return self.of_sums(*pairwise.pair_sums(anchors, v, *self.shown(y, i, pairing, z), self.rho, mixed=True), lam)
+        return self.reduce(anchors @ v.T, placed(self.serves(y, i, pairing), z), _indices(anchors), len(anchors), lam)
 
     @_full_precision
     def mixed_embed(self, z, y, lam, pairing):
@@ -181,6 +184,7 @@ class MetricLoss(nn.Module):
         self.check(z, y)
         anchors = self.anchors(z, y)  # (A, D)
         a, p = self.serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
+        a, p, y = placed(a, z), placed(p, z), placed(y, z)
         if self.fused(z, len(a) * len(z), MANY_TRIPLETS):
             return self.of_sums(*triplets.embed_sums(anchors @ z.T, z @ z.T, y, a, p, lam, self.rho), lam)
         sim = sim_to_mixed(anchors @ z.T, z @ z.T, a, p, lam)  # (R, B)
@@ -201,12 +205,12 @@ class MetricLoss(nn.Module):
     def serves(self, y, i, pairing):
         return serves(y, i, pairing)
 
-    def shown(self, y, i, pairing):
+    def shown(self, y, i, pairing, z):
         """`serves`, as labels and ids of rows and columns: equal labels and different ids are shown to each other."""
-        here, nobody = _indices(y), torch.full_like(i, -1)
+        here, of_column = _indices(z), placed(i, z)
         if pairing == "anchor-negative":
-            return pairwise.Rows(here, here), pairwise.Columns(i, nobody)
-        return pairwise.Rows(y, here), pairwise.Columns(y[i], i)
+            return pairwise.Rows(here, here), pairwise.Columns(of_column, torch.full_like(of_column, -1))
+        return pairwise.Rows(placed(y, z), here), pairwise.Columns(placed(y[i], z), of_column)
 
     def check(self, z, y):
         """Raise ValueError for what this loss cannot take."""
@@ -344,13 +348,13 @@ class ProxyAnchor(MetricLoss):
 
     def anchors(self, z, y):
         """The proxies of the batch's classes: no other proxy sees a mixed example."""
-        return _unit(self.proxies[y.unique()]).to(z.dtype)
+        return _unit(self.proxies[placed(y.unique(), z)]).to(z.dtype)
 
     def serves(self, y, i, pairing):
         return y.unique()[:, None] == y[i]
 
-    def shown(self, y, i, pairing):
-        return self.by_class(y.unique(), y[i])
+    def shown(self, y, i, pairing, z):
+        return self.by_class(placed(y.unique(), z), placed(y[i], z))
 
     def by_class(self, rows, columns):
         """Labels of rows and columns, and ids that never meet."""

@@ -1,7 +1,7 @@
 """Metrix: a metric-learning loss that also looks at mixed examples. The method, and the loop that trains it.
 
     python metrix.py [DATASET] [LOSS] [MODE] [--flag value ..]       default: toy contrastive feature
-    python metrix.py all DATASET [--flag value ..]                   its twelve cells, and a table of them
+    python metrix.py all DATASET [--seeds N] [--flag value ..]       its twelve cells, and a table of them
     python metrix.py eval RUN_DIR [--split ..] [--checkpoint ..]     every metric of a run's checkpoint
 
 `step` is the method: clean loss + mix_weight * mixed loss, one mixing weight lam ~ Beta(mix_alpha, mix_alpha) a step.
@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import textwrap
@@ -46,6 +47,7 @@ LOSSES = {
 }
 CHECKED_TOGETHER = 50  # steps after which a GPU is asked whether they were finite
 ON_FAULT = ("stop", "skip")
+PRECISIONS = ("fp32", "bf16")
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 WRITTEN = ("config.json", "log.jsonl", "last.pt", "best.pt", "retrieval.png")
 RECALL_AT = {
@@ -101,6 +103,7 @@ class Config:
     hardest: int = option(1, "negatives an image is mixed with in input mode", least=1)
 
     net: str = option("resnet50", "trunk", choices=tuple(models.NETS))
+    precision: str = option("fp32", "of the trunk: fp32, or bf16 by autocast; losses and metrics stay fp32", choices=PRECISIONS)
     weights: str = option("imagenet", "imagenet, none, or a file")
     bn: str = option(
         "stats",
@@ -257,6 +260,7 @@ def told_in_one_line(*errors, by_all=False):
 def step(model, metric, images, y, config, lam, pairing):
     """Loss of one batch. images: (B, 3, H, W), y: (B,), lam in [0, 1], pairing one of metric.pairings.
 
+    With y on the CPU no mode but input waits for a GPU; that one does once, as its bank's size depends on z.
     Of many processes each runs the trunk on its share of the images, and all compute the one loss of the whole batch.
     """
     features, y = gather(model.features(images)), gather(y)  # (B, C, h, w), (B,)
@@ -297,11 +301,11 @@ def train_epoch(epoch, model, metric, optimizer, batches, config):
             broken += int((~readable).sum())
             images, y = images[readable], y[readable]
         images = images.to(config.device, memory_format=torch.channels_last, non_blocking=True)
-        y = y.to(config.device, non_blocking=True)
         pairing = metric.pairings[rng.integers(len(metric.pairings))]
         lam = rng.beta(config.mix_alpha, config.mix_alpha)
         with finished_first():
-            loss = step(model, metric, images, y, config, lam, pairing)
+            with in_precision(config):
+                loss = step(model, metric, images, y, config, lam, pairing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average(parameters)
@@ -317,6 +321,10 @@ def train_epoch(epoch, model, metric, optimizer, batches, config):
         total, steps = total + loss.detach(), steps + 1
     check_finite(finite, number)
     return total.item() / steps if steps else math.nan, skipped, broken
+
+
+def in_precision(config):
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def all_finite(loss, parameters):
@@ -448,7 +456,8 @@ def run(config):
                 loss, skipped, broken = train_epoch(epoch, model, metric, optimizer, progress.of(loader), config)
             except FloatingPointError as error:
                 fail(not_finite(epoch, *error.args, splits.train.paths, batches, config))
-            rate = images / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            rate, data_wait = images / seconds, progress.waited / seconds
             progress.begin(f"{title}  testing")
             embedded = [embed(model, split, config, progress) for split in held_out]
             if not math.isfinite(loss) or not all(part.z.isfinite().all() for part in embedded):
@@ -457,7 +466,7 @@ def run(config):
             train = embed(model, splits.train, config, progress).z if last else None
             result, ranking = measure(embedded, RECALL_AT[config.dataset], last, train)
             line = dict(epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], recall=result.pop("recall"))
-            line |= dict(seconds=time.perf_counter() - started, images_per_second=rate)
+            line |= dict(seconds=time.perf_counter() - started, images_per_second=rate, data_wait=data_wait, peak_memory_mib=peak_memory())
             if config.on_nonfinite == "skip":
                 line["skipped_steps"] = skipped
             if skip_broken:
@@ -510,7 +519,8 @@ def embed(model, split, config, progress):
     part = dataclasses.replace(split, paths=share(split.paths), labels=share(split.labels))
     skip_broken = config.on_broken_image == "skip"
     loader = data.test_loader(part, config.batch_size, config.image_size, config.num_workers, skip_broken)
-    z, y = eval.embed_all(model, progress.of(loader), config.device)
+    with in_precision(config):
+        z, y = eval.embed_all(model, progress.of(loader), config.device)
     readable = y != data.BROKEN
     return Embedded(z[readable], y[readable], share(torch.arange(len(split), device=y.device))[readable])
 
@@ -667,13 +677,15 @@ class Progress:
 
     def begin(self, title):
         self.title, self.since, self.before = title, time.perf_counter(), self.done
-        self.shown = self.since
+        self.shown, self.waited = self.since, 0.0  # seconds in which the images were not there yet
 
     def of(self, loader):
+        asked = time.perf_counter()
         for images, y in loader:
+            self.waited += time.perf_counter() - asked
             yield images, y
             self.done += len(y) * here()[1]
-            now = time.perf_counter()
+            now = asked = time.perf_counter()
             if now - self.shown > (0.5 if self.terminal else 60):
                 self.shown = now
                 rate = (self.done - self.before) / (now - self.since)
@@ -687,8 +699,19 @@ class Progress:
         print(f"\r{line}\033[K" if self.terminal else line, end=end, flush=True)
 
     def left(self):
-        seconds = int((time.perf_counter() - self.start) / max(self.done, 1) * (self.images - self.done))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return hours((time.perf_counter() - self.start) / max(self.done, 1) * (self.images - self.done))
+
+
+def peak_memory():
+    """The most memory that tensors on the GPU, or without one this process, took so far, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def hours(seconds):
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def describe(config, splits):
@@ -731,25 +754,93 @@ def report(config, log):
 
 
 def run_all(arguments):
-    """Every cell of a data set in turn, finished ones only shown, then Recall@1 of all beside the published ones."""
-    if not arguments or arguments[0].startswith("-"):
-        fail(f"all: name a data set: {', '.join(data.DATASETS)}")
-    dataset, *flags = arguments
-    for unfit in {"--out", "--resume"} & {word.split("=")[0] for word in flags}:
+    """Every cell of a data set with every seed, finished ones only shown, then what the seeds say together."""
+    parser = argparse.ArgumentParser("metrix all", allow_abbrev=False, epilog="Flags of a run are taken too: ./run.sh --help")
+    parser.error = fail
+    parser.add_argument("dataset", choices=tuple(data.DATASETS), metavar="|".join(data.DATASETS), help="what to learn from")
+    parser.add_argument("--seeds", type=int, help="run every cell with the seeds 0 .. SEEDS-1")
+    known, flags = parser.parse_known_args(arguments)
+    words = {word.split("=")[0] for word in flags}
+    for unfit in {"--out", "--resume"} & words:
         fail(f"{unfit} is for one run; all writes a run a cell under runs/ and goes on by itself")
-    configs = [parse([dataset, loss, mode, *flags]) for loss in LOSSES for mode in MODES]
-    cells = {}
-    for config in configs:
+    if known.seeds is not None and (known.seeds < 1 or "--seed" in words):
+        fail(f"--seeds {known.seeds}: give how many seeds to run, at least 1, or one of them as --seed")
+    seeds = [[]] if known.seeds is None else [["--seed", str(seed)] for seed in range(known.seeds)]
+    cells = list(itertools.product(LOSSES, MODES))
+    configs = [parse([known.dataset, *cell, *flags, *seed]) for seed in seeds for cell in cells]
+    results, seconds = {cell: [] for cell in cells}, 0
+    for number, config in enumerate(configs):
+        left = f", about {hours(seconds / number * (len(configs) - number))} left" if number else ""
+        print(f"\nrun {number + 1} of {len(configs)}{left}")
         log = run(config)
         report(config, log)
-        cells[config.loss, config.mode] = log[-1]["recall"]["1"]
-    print(f"\n{dataset}: R@1 of the last epoch (published)".ljust(45) + "".join(f"{mode:>15}" for mode in MODES))
-    for loss in LOSSES:
-        published = [f"({share})" for share in PUBLISHED[dataset, loss]] if (dataset, loss) in PUBLISHED else [""] * len(MODES)
-        print(loss.ljust(44) + "".join(f"{100 * cells[loss, mode]:8.2f} {p:6}" for mode, p in zip(MODES, published)))
-    if (dataset, "contrastive") in PUBLISHED:
-        print("(published: the paper's, on the full data set with the recipe as it is)\n")
-    print(json.dumps(dict(dataset=dataset, recall_at_1={loss: {mode: cells[loss, mode] for mode in MODES} for loss in LOSSES})))
+        results[config.loss, config.mode].append(log[-1] | dict(recall_at_1=log[-1]["recall"]["1"]))
+        seconds += sum(line["seconds"] for line in log)
+    compare(known.dataset, results, f"runs/{known.dataset}{'-validation' * config.validation}-cells.png")
+
+
+COMPARED = {"recall_at_1": "R@1 (%)", "map_at_r": "MAP@R (%)"} | {name: name for name in ("alignment", "uniformity", "utilization")}
+
+
+def compare(dataset, results, chart_file):
+    """What runs of the same seeds say of every cell: a table for people, a line of JSON, and a chart.
+
+    results: {(loss, mode): the last line of the log, for every seed}
+    """
+    cells, seeds = {}, len(results["contrastive", "baseline"])
+    for name, (loss, mode) in itertools.product(COMPARED, results):
+        scale = 100 if "%" in COMPARED[name] else 1
+        values, usual = (scale * np.array([line[name] for line in results[loss, of]]) for of in (mode, "baseline"))
+        cells[name, loss, mode] = dict(values=values.tolist(), mean=mean_and_error(values), gain=mean_and_error(values - usual))
+    print(f"\n{dataset}: last epoch, " + (f"mean and standard error of {seeds} seeds" if seeds > 1 else "one seed"))
+    for name, title in COMPARED.items():
+        digits = 2 if "%" in title else 3
+        print(f"\n{title:27}" + "".join(f"{mode:>17}" for mode in MODES))
+        for loss in LOSSES:
+            of_loss = [cells[name, loss, mode] for mode in MODES]
+            print(f"{loss:27}" + "".join(f"{told(cell['mean'], digits):>17}" for cell in of_loss))
+            if "%" in title:
+                gains = "".join(f"{told(cell['gain'], digits, '+'):>17}" for cell in of_loss[1:])
+                print(f"{'  above baseline, by seed':44}{gains}")
+            if name == "recall_at_1" and (dataset, loss) in PUBLISHED:
+                print(f"{'  published*':27}" + "".join(f"{share:17}" for share in PUBLISHED[dataset, loss]))
+    if (dataset, loss) in PUBLISHED:
+        print("\n* by the paper, on the full data set with the recipe as it is")
+    chart(chart_file, cells)
+    tree = {loss: {mode: {name: cells[name, loss, mode] for name in COMPARED} for mode in MODES} for loss in LOSSES}
+    print("\n" + json.dumps(dict(dataset=dataset, seeds=seeds, cells=tree)))
+
+
+def mean_and_error(values):
+    """(mean, its standard error), the latter None for a single value."""
+    return values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def told(mean_and_error, digits, sign=""):
+    return " +- ".join(f"{x:{form}.{digits}f}" for x, form in zip(mean_and_error, (sign, "")) if x is not None)
+
+
+def chart(file, cells):
+    """What each mode gains over baseline, with standard errors, as a picture; told if matplotlib is not there to draw it."""
+    try:
+        from matplotlib.figure import Figure  # optional
+    except ImportError:
+        print(f"\nno {file}: drawing it takes matplotlib; pip install matplotlib, and give the command again")
+        return
+    shown = [name for name, title in COMPARED.items() if "%" in title]
+    figure = Figure(figsize=(5 * len(shown), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown)), shown):
+        for at, mode in enumerate(MODES[1:], -1):
+            gains = [cells[name, loss, mode]["gain"] for loss in LOSSES]
+            heights, errors = zip(*((mean, error or 0) for mean, error in gains))
+            axes.bar([number + 0.25 * at for number in range(len(gains))], heights, 0.23, yerr=errors, capsize=3, label=mode)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(LOSSES)), LOSSES)
+        axes.set_ylabel(f"{COMPARED[name]} gained over baseline")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    with replacing(file) as name:
+        figure.savefig(name, format="png", dpi=150)
+    print(f"\nwrote {file}")
 
 
 def evaluate_run(arguments):

@@ -79,7 +79,8 @@ class ResNet(nn.Module):
         return self.embed(maps.mean(2) + maps.max(2).values)
 
     def embed(self, pooled):
-        return F.normalize(self.embedding(pooled), dim=1)
+        z = self.embedding(pooled)
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # of 16 bits under autocast
 
     def norms(self):
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -33,6 +33,13 @@ def use_triton(tensor):
     return choice == "triton"
 
 
+def placed(x, like):
+    """x on the device of `like`; on its way to a GPU nothing waits."""
+    if like.is_cuda and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(like.device, non_blocking=True)
+
+
 def product(rows, cols):
     """rows @ cols.T, float32 in full precision whatever the caller has set; oneDNN halves the time on AMD processors."""
     before = torch.get_float32_matmul_precision()

@@ -17,7 +17,7 @@ Shapes: B images, C channels, S = h*w positions, M pairs, K pairs of one chunk.
 
 import torch
 
-from kernels import jit, tl, triton, use_triton
+from kernels import jit, placed, tl, triton, use_triton
 
 # ------------------------------------------------------------------------------------------- PyTorch
 
@@ -226,12 +226,12 @@ def _by_triton(x):
 def mix_pool(features, i, j, lam):
     """Pooled mixes of feature maps: (average + max pool)(lam*features[i] + (1-lam)*features[j]).
 
-    features: (B, C, h, w), at most 256 positions; i, j: int64 (M,); lam: float. Returns (M, C).
+    features: (B, C, h, w), at most 256 positions; i, j: int64 (M,), perhaps on the CPU; lam: float. Returns (M, C).
     Differentiable in features; a tied maximum gives its gradient to the first position, as `max(dim)` does.
     """
     if features.shape[2:].numel() > 256:
         raise ValueError(f"feature maps of {tuple(features.shape[2:])} have more than 256 positions")
-    return _MixPool.apply(features, i, j, lam)
+    return _MixPool.apply(features, placed(i, features), placed(j, features), lam)
 
 
 def ahead_of_time():

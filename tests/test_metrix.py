@@ -1,7 +1,9 @@
 """The step and its twelve cells, the run and its files, and what bad input is told."""
 
+import contextlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import data
 import eval
 import kernels
 import losses
@@ -35,6 +38,36 @@ def make(loss, mode, bn="train"):
 
 
 # -------------------------------------------------------------------------------------------- method
+
+
+@pytest.mark.parametrize("loss, mode", [cell for cell in CELLS if cell[1] != "input"])
+@pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
+def test_a_step_asks_its_device_for_nothing(loss, mode, labels, monkeypatch):
+    """Tensors on "meta" have no values: whatever would wait for one is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which "meta" has not
+    config, net, metric = make(loss, mode)
+    net.to("meta"), metric.to("meta")
+    for pairing in metric.pairings:
+        value = metrix.step(net, metric, torch.empty(8, 3, 40, 40, device="meta"), torch.tensor(labels), config, 0.4, pairing)
+        value.backward()
+        metrix.all_finite(value, [*net.parameters(), *metric.parameters()])
+    with pytest.raises(RuntimeError):
+        value.item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("loss, mode", [cell for cell in CELLS if cell[1] != "input"])
+def test_a_step_does_not_wait_for_a_gpu(loss, mode):
+    config, net, metric = make(loss, mode)
+    net.to("cuda"), metric.to("cuda")
+    images, y = torch.ones(8, 3, 40, 40, device="cuda"), torch.tensor(BATCHES["balanced"])
+    for checked in (False, True):  # the first time kernels are compiled
+        torch.cuda.set_sync_debug_mode("error" if checked else "default")
+        try:
+            for pairing in metric.pairings:
+                metrix.step(net, metric, images, y, config, 0.4, pairing).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("loss, mode", CELLS)
@@ -190,7 +223,8 @@ def test_every_cell_runs_from_the_command_line(loss, mode, tree, tmp_path, capsy
     assert (config["loss"], config["mode"], config["train_images"]) == (loss, mode, 25)
     (line,) = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     everything = ["queries", "lone_queries", "map_at_r", "r_precision", "alignment", "uniformity", "utilization"]
-    assert list(line) == ["epoch", "loss", "lr", "recall", "seconds", "images_per_second", *everything]
+    of_epoch = ["epoch", "loss", "lr", "recall", "seconds", "images_per_second", "data_wait", "peak_memory_mib"]
+    assert list(line) == [*of_epoch, *everything] and 0 <= line["data_wait"] < 1 and 50 < line["peak_memory_mib"] < 10**5
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["last"] == line and 0 <= line["recall"]["1"] <= line["recall"]["8"] <= 1
     for name in ("last.pt", "best.pt"):
@@ -231,6 +265,53 @@ def test_a_run_is_evaluated_again_from_its_checkpoints(tree, tmp_path, capsys):
     best = max((first, last), key=lambda line: line["recall"]["1"])
     assert (written["checkpoint"], written["split"], written["epoch"]) == ("best", "train", best["epoch"])
     assert "utilization" not in written  # of the training images in themselves
+
+
+def test_settings_are_chosen_without_the_test_classes(tree, tmp_path, monkeypatch, capsys):
+    splits, halves = data.load("folder", tree), data.load("folder", tree, validation=True)
+    assert (halves.train.classes, halves.test.classes) == (["class0", "class1"], ["class2", "class3", "class4"])
+    assert sorted(halves.train.paths + halves.test.paths) == sorted(splits.train.paths)
+    monkeypatch.chdir(tmp_path)
+    metrix.main([word for word in command(tree, "", more="--epochs 1 --validation --batch-size 4") if word != "--out" and word])
+    out = "runs/folder-contrastive-feature-validation-seed0"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["last"]["queries"] == 15
+    metrix.main(["eval", out])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["queries"] == 15
+
+
+def test_seeds_are_told_together(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run(config):  # feature mode gains 1, 2 and 6 over baseline, whatever the loss
+        asked.append((config.seed, config.loss, config.mode))
+        share = 0.5 + 0.1 * config.seed + (config.mode == "feature") * (0.01, 0.02, 0.06)[config.seed]
+        of_embeddings = dict(map_at_r=share / 2, r_precision=0.2, alignment=0.1 * config.seed, uniformity=-1.0, utilization=0.3)
+        return [dict(epoch=1, seconds=1.0, recall={k: share for k in "1248"}, **of_embeddings)]
+
+    monkeypatch.setattr(metrix, "run", run)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    metrix.main("all toy --seeds 3".split())
+    assert asked == [(seed, *cell) for seed in range(3) for cell in CELLS]
+    told = capsys.readouterr().out
+    cell = json.loads(told.splitlines()[-1])["cells"]["proxyanchor"]["feature"]
+    assert cell["recall_at_1"]["values"] == pytest.approx([51, 62, 76])
+    assert cell["recall_at_1"]["mean"] == pytest.approx([63, math.sqrt((12**2 + 1 + 13**2) / 2 / 3)])
+    assert cell["recall_at_1"]["gain"] == pytest.approx([3, math.sqrt((4 + 1 + 9) / 2 / 3)])
+    assert cell["map_at_r"]["gain"] == pytest.approx([1.5, math.sqrt((4 + 1 + 9) / 2 / 3) / 2])
+    assert cell["alignment"]["mean"] == pytest.approx([0.1, 0.1 / math.sqrt(3)])
+    assert "run 36 of 36, about 0:00:01 left" in told and "63.00 +- 7.23" in told and "+3.00 +- 1.53" in told
+    try:
+        import matplotlib  # noqa: F401
+
+        assert (tmp_path / "runs" / "toy-cells.png").stat().st_size > 1000
+    except ImportError:
+        assert "no runs/toy-cells.png: drawing it takes matplotlib" in told
+
+    metrix.main("all cub --seed 1 --weights none --net tiny".split())
+    told = capsys.readouterr().out
+    assert len(asked) == 3 * 12 + 12 and "published*" in told and "64.7" in told
+    assert json.loads(told.splitlines()[-1])["cells"]["contrastive"]["input"]["recall_at_1"]["gain"] == [0.0, None]
 
 
 def test_what_is_no_run_is_not_evaluated(tree, tmp_path, capsys):
@@ -281,6 +362,24 @@ def test_a_stopped_run_goes_on_to_the_same_end(loss, mode, tree, tmp_path, monke
     assert "R@1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", metrix.MODES)
+def test_half_precision_is_that_of_the_trunk_only(mode, tree, tmp_path):
+    losses_of = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        config, net, metric = make("contrastive", mode)
+        config.precision, types = precision, {}
+        net.layer4[-1].register_forward_hook(lambda _, __, features: types.update(features=features.dtype))
+        with metrix.in_precision(config):
+            value = metrix.step(net, metric, torch.randn(8, 3, 40, 40), torch.tensor(BATCHES["balanced"]), config, 0.4, "positive-negative")
+            assert net(torch.randn(1, 3, 40, 40)).dtype == value.dtype == torch.float32
+        value.backward()
+        assert types["features"] == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        losses_of[precision] = value.item()
+    assert losses_of["bf16"] != losses_of["fp32"] and losses_of["bf16"] == pytest.approx(losses_of["fp32"], rel=0.03)
+    metrix.main(command(tree, tmp_path / "run", f"contrastive {mode}", "--epochs 1 --precision bf16"))
+
+
 def test_warm_up_leaves_the_trunk_as_it_was(tree, tmp_path):
     metrix.main(command(tree, tmp_path / "run", more="--epochs 1 --warmup-epochs 1"))
     torch.manual_seed(0)
@@ -321,8 +420,11 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
         ("toy --device abacus", "--device abacus cannot be used"),
         ("folder --data-path cache --cache-size 200", "--cache-size 200 is less than 256, to which images are resized"),
         ("folder --data-path memory", "--data-path: invalid choice: 'memory'"),
-        ("all", "all: name a data set: cub, cars"),
+        ("all", "the following arguments are required: cub|cars|sop"),
         ("all toy --out here", "--out is for one run"),
+        ("all toy --seeds 0", "--seeds 0: give how many seeds"),
+        ("all toy --seeds 2 --seed 1", "--seeds 2: give how many seeds"),
+        ("folder --validation --data-root {few} --weights none", "{few}: 1 class(es) in the train split, at least 2"),
         ("all birds", "invalid choice: 'birds'"),
         ("folder --data-root /nowhere --weights none", "/nowhere: no such directory"),
         ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
@@ -336,7 +438,8 @@ def test_a_run_continues_from_the_weights_of_another(tree, tmp_path):
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, message, tree, tmp_path, write_tree, capsys):
-    places = {name: str(tmp_path / name) for name in ("empty", "one", "broken")} | {"tree": tree}
+    places = {name: str(tmp_path / name) for name in ("empty", "one", "few", "broken")} | {"tree": tree}
+    write_tree(tmp_path / "few", {name: 3 for name in "abcdef"})
     (tmp_path / "empty").mkdir()
     write_tree(tmp_path / "one", {"a": 3})
     write_tree(tmp_path / "broken", {"a": 4, "b": 4, "c": 4, "d": 2, "e": 4, "f": 4, "g": 4, "h": 4})
