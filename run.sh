@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
-# ./run.sh all DATASET [--flag value ..]               the twelve cells of a data set, and a table of them
+# ./run.sh all DATASET [--seeds N] [--flag value ..]   the twelve cells of a data set, and a table of them
 # ./run.sh eval RUN_DIR [--split train] [--checkpoint best] [--embeddings]   every metric of a run
 # ./run.sh bench [KERNEL] [--sizes ..] [--json FILE]   time the kernels against what else one could use
+# ./run.sh bench speedrun [--json FILE]                a CUB-sized training run, timed and taken apart
 # NPROC=4 ./run.sh sop contrastive feature             on four processes, a GPU each: torchrun
 # ./run.sh test [--slow]                               run the tests, or the ones that take minutes
 # ./run.sh --help                                      every flag
@@ -55,7 +56,9 @@ if [[ ${1:-} == test ]]; then
 fi
 if [[ ${1:-} == bench ]]; then
     shift
-    PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m kernels.bench "$@"
+    module=bench
+    [[ ${1:-} == speedrun ]] && { module=speedrun; shift; }
+    PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m "kernels.$module" "$@"
 fi
 if [[ ${NPROC:-1} != 1 ]]; then
     exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" "$here/metrix.py" "$@"

@@ -1,6 +1,7 @@
 """Time the kernels against what else one could use, on this machine: a table for people, a line of JSON for programs.
 
     ./run.sh bench [pairwise|mixed|mix_pool|recall|step|all] [--sizes 100,2048] [--json FILE] [--plot FILE] [--device cpu]
+    ./run.sh bench speedrun        see kernels/speedrun.py
     ./run.sh bench readme          puts the tables of kernels/results/*.json into README.md
 
 Every form of a case is run once and compared with the first before anything is timed; one that differs is shown as
@@ -359,7 +360,7 @@ def step_cases(device, sizes):
             model = models.ResNet(**models.NETS[net], embedding_size=D, bn="stats").to(device, memory_format=torch.channels_last)
             metric = metrix.LOSSES[loss](B // 5, D).to(device)
             optimizer = metrix.make_optimizer(model, metric, config)
-            y = torch.arange(B, device=device) // 5
+            y = torch.arange(B) // 5
             images = torch.randn(B, 3, pixels, pixels, device=device).to(memory_format=torch.channels_last)
 
             def run(k, config=config, model=model, metric=metric, optimizer=optimizer, images=images, y=y):
@@ -472,6 +473,8 @@ def plot(path, rows):
 
 def readme():
     """Replace what stands between the two marks in README.md by the tables of every file of results."""
+    from kernels import speedrun  # which imports this file
+
     begin, end = "<!-- results of ./run.sh bench: begin -->", "<!-- end -->"
     text = README.read_text()
     if begin not in text or end not in text:
@@ -483,7 +486,8 @@ def readme():
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         reached = ", ".join(f"{name.split()[0]} {value:.3g} {name.split()[1]}" for name, value in result["ceilings"].items())
         parts.append(f"**{about['hardware']}**, {about['date']} ({versions}). Ceilings in the same run: {reached}.")
-        for header, *table in lines(result["rows"], result["ceilings"]):
+        tables = [speedrun.lines(result)] if "parts" in result else lines(result["rows"], result["ceilings"])
+        for header, *table in tables:
             ruler = ["---"] + ["---:"] * (len(header) - 1)
             parts.append("\n".join("| " + " | ".join(line) + " |" for line in (header, ruler, *table)))
     before, after = text.split(begin)[0], text.split(end)[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kernels import bench
+from kernels import bench, speedrun
 
 
 def test_a_run_prints_what_it_writes(tmp_path):
@@ -83,6 +83,23 @@ def test_the_readme_is_filled_from_result_files(tmp_path, monkeypatch):
     assert "| some | 2 | absent | 1 / - | 3 TFLOP/s | 50 % |" in text and "a machine" in text
     bench.main(["readme"])
     assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_speed_run_is_told_whole_and_in_parts(tmp_path, monkeypatch, capsys):
+    speedrun.main(["--device", "cpu", "--epochs", "2", "--json", str(tmp_path / "mini.json")])
+    told = capsys.readouterr().out
+    result = json.loads(told.splitlines()[-1])
+    assert result == json.loads((tmp_path / "mini.json").read_text())
+    assert 0 < result["decoding_seconds"] < result["seconds"] and len(result["images_per_second"]) == 2
+    parts = [*result["parts"].values()]
+    assert len(parts) == 8 and 0 < parts[-1] < parts[0]  # the floor lies below the trunk
+    assert all(f"{seconds:.3g} s" in told for seconds in parts)
+    (tmp_path / "README.md").write_text("<!-- results of ./run.sh bench: begin -->\n<!-- end -->\n")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "README", tmp_path / "README.md")
+    bench.main(["readme"])
+    assert "| decoding once |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["recall", "--sizes", "few"], ["recall", "--sizes", "3"], ["--device", "tpu"]])
