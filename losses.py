@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+from kernels import EXPONENTIAL, HINGE, TINY, Rho, pairwise, placed
 from kernels import mixed as triplets
-from kernels import pairwise, placed
 
 PAIRINGS = ("positive-negative", "anchor-negative")
-TINY = 1e-12  # under a square root: keeps its gradient finite where two embeddings coincide
 MANY, MANY_TRIPLETS = 2**18, 2**14  # pairs and triplets from which on the kernels serve a CPU too
 
 
@@ -231,7 +230,7 @@ class Contrastive(MetricLoss):
 
     @property
     def rho(self):
-        return pairwise.Rho(pairwise.HINGE, push_base=self.neg_margin)
+        return Rho(HINGE, push_base=self.neg_margin)
 
     def clean(self, z, y):
         dist = distance(z @ z.T)  # (B, B)
@@ -261,7 +260,7 @@ class MultiSimilarity(MetricLoss):
 
     @property
     def rho(self):
-        return pairwise.Rho(pairwise.EXPONENTIAL, self.ms_alpha, self.ms_base, self.ms_beta, self.ms_base)
+        return Rho(EXPONENTIAL, self.ms_alpha, self.ms_base, self.ms_beta, self.ms_base)
 
     def clean(self, z, y):
         sim = z @ z.T  # (B, B)
@@ -314,7 +313,7 @@ class ProxyAnchor(MetricLoss):
 
     @property
     def rho(self):
-        return pairwise.Rho(pairwise.EXPONENTIAL, self.pa_alpha, self.pa_margin, self.pa_alpha, -self.pa_margin)
+        return Rho(EXPONENTIAL, self.pa_alpha, self.pa_margin, self.pa_alpha, -self.pa_margin)
 
     def clean(self, z, y):
         proxies = _unit(self.proxies).to(z.dtype)

@@ -6,7 +6,7 @@ With W = anchors z^T (A, B) and S = z z^T (B, B) the mixed example of p and n ha
 
 to anchor a. An anchor's sums run over the p that serve it and all n of another class than p:
 
-    pull[a] = sum of rho+(m)        push[a] = sum of rho-(m)                      rho as in kernels/pairwise.py
+    pull[a] = sum of rho+(m)        push[a] = sum of rho-(m)                      Rho in kernels/__init__.py
 
 With g = pull_grad[a] rho+'(m) + push_grad[a] rho-'(m) the gradients are sums of
 
@@ -20,8 +20,7 @@ Shapes: A anchors, B examples, R pairs (a, p) of an anchor and what serves it.
 
 import torch
 
-from kernels import jit, tl, use_triton
-from kernels.pairwise import HINGE, TINY, slope_tile, slopes, term_tile, terms
+from kernels import EXPONENTIAL, HINGE, TINY, jit, slope_tile, slopes, term_tile, terms, tl, use_triton
 
 CHUNK = 2**14  # triplets at a time on the CPU: its dozen arrays take 0.75 MiB, and stay in a core's L2 cache
 
@@ -206,7 +205,7 @@ def embed_sums(W, S, y, a, p, lam, rho):
     """The sums at the top of the file: pull, push, and how many terms of each were not zero, (A,) each.
 
     W: (A, B) and S: (B, B), float32 (or float64, by the PyTorch form alone); y: (B,) integers; a, p: int64 (R,), the
-    pairs of an anchor and what serves it; lam in [0, 1]; rho: pairwise.Rho. Differentiable in W and S.
+    pairs of an anchor and what serves it; lam in [0, 1]; rho: Rho. Differentiable in W and S.
     """
     if not len(a):
         empty = W.new_zeros(len(W))
@@ -220,7 +219,7 @@ def ahead_of_time():
     types |= dict.fromkeys(["y", "start", "partner", "anchor"], "*i64")
     types |= dict.fromkeys(["lam", "pull_scale", "pull_base", "push_scale", "push_base"], "fp32")
     cases = []
-    for KIND in (HINGE, HINGE + 1):
+    for KIND in (HINGE, EXPONENTIAL):
         for kernel, more in ((_sums, {}), (_row_gradient, dict(OF_S=False)), (_row_gradient, dict(OF_S=True)), (_pair_gradient, {})):
             constants = dict(KIND=KIND, BN=BN) | more
             used = {name: types[name] for name in kernel.arg_names if name not in constants}

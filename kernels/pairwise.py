@@ -4,10 +4,8 @@ Rows (anchors or proxies) meet columns (examples or mixed examples). With s = s(
 
     pull[r] = sum over its positives of rho+(s)        push[r] = sum over its negatives of rho-(s)
 
-and how many terms were not zero. A loss is a function of these (R,) numbers, in plain PyTorch. Two kinds of rho:
-
-    hinge         rho+ = d,                            rho- = relu(push_base - d),           d = sqrt(max(2 - 2s, TINY))
-    exponential   rho+ = e^{-pull_scale (s - pull_base)},   rho- = e^{push_scale (s - push_base)}
+and how many terms were not zero. A loss is a function of these (R,) numbers, in plain PyTorch. rho+ and rho- are the
+distance and its hinge, or two exponentials: `Rho` in kernels/__init__.py.
 
 A pair of equal labels and different ids is positive. A pair of different labels is negative, or, in a mixed loss,
 whatever is positive: there every pair shown enters both sums. Mining keeps positives with s < below[r] and negatives
@@ -34,8 +32,6 @@ of the loss, and in norm of the gradient; "tight": all similarities above 0.95, 
 So float32 vectors are multiplied with tf32x3, as good as fp32 and on tensor cores. 16-bit vectors are for who can
 afford the last line.
 
-Exponents are not shifted, so the exponential kind serves scales up to LARGEST_EXPONENT: |s| <= 1 bounds them.
-
 Shapes: R rows, N columns, D embedding size.
 """
 
@@ -43,26 +39,10 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import jit, padded, product, similarities, tl, triton, use_triton
+from kernels import EXPONENTIAL, HINGE, Rho, jit, padded, product, similarities, slope_tile, slopes, term_tile, terms, tl, triton, use_triton
 
-TINY = 1e-12  # under the square root of a distance
-LARGEST_EXPONENT = 70  # e^70 times a million terms is a float32
 CHUNK = 2**18  # pairs at a time on the CPU: a tile of float32 then stays in a core's L2 cache
-HINGE, EXPONENTIAL, EXTREMES = 0, 1, 2
-
-
-class Rho(NamedTuple):
-    """The terms of a pair, see the top of the file."""
-
-    kind: int
-    pull_scale: float = 0.0
-    pull_base: float = 0.0
-    push_scale: float = 0.0
-    push_base: float = 0.0
-
-    def is_served(self):
-        largest = max(self.pull_scale * (1 + self.pull_base), self.push_scale * (1 - self.push_base))  # |s| <= 1
-        return self.kind == HINGE or largest <= LARGEST_EXPONENT
+EXTREMES = 2  # a kind of Rho of this file alone: no sums, but the extremes of mining
 
 
 class Rows(NamedTuple):
@@ -78,24 +58,6 @@ class Columns(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------ PyTorch, by rows
-
-
-def terms(s, rho):
-    """rho+ and rho- of similarities."""
-    if rho.kind == HINGE:
-        d = (2 - 2 * s).clamp_min_(TINY).sqrt_()
-        return d, (rho.push_base - d).clamp_min_(0)
-    return (-rho.pull_scale * (s - rho.pull_base)).exp_(), (rho.push_scale * (s - rho.push_base)).exp_()
-
-
-def slopes(s, rho):
-    """Their derivatives by s; 0 for a distance at its smallest."""
-    if rho.kind == HINGE:
-        square = 2 - 2 * s
-        slope = square.clamp_min(TINY).rsqrt_().neg_().mul_(square > TINY)
-        return slope, -slope * (square < max(rho.push_base, 0) ** 2)
-    pull, push = terms(s, rho)
-    return pull.mul_(-rho.pull_scale), push.mul_(rho.push_scale)
 
 
 def _coded(rows, columns, like):
@@ -170,29 +132,6 @@ def _torch_gradients(x, v, rows, columns, rho, mixed, pull_grad, push_grad):
 
 
 # ---------------------------------------------------------------------------------------------- Triton
-
-
-@jit
-def term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
-    """`terms`, of a tile."""
-    if KIND == 0:
-        d = tl.sqrt_rn(tl.maximum(2.0 - 2.0 * s, 1e-12))
-        return d, tl.maximum(push_base - d, 0.0)
-    else:
-        return tl.exp(-pull_scale * (s - pull_base)), tl.exp(push_scale * (s - push_base))
-
-
-@jit
-def slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
-    """`slopes`, of a tile."""
-    if KIND == 0:
-        square = 2.0 - 2.0 * s
-        slope = tl.where(square > 1e-12, -1.0 / tl.sqrt_rn(tl.maximum(square, 1e-12)), 0.0)
-        margin = tl.maximum(push_base, 0.0)
-        return slope, tl.where(square < margin * margin, -slope, 0.0)
-    else:
-        pull, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
-        return -pull_scale * pull, push_scale * push
 
 
 @jit

@@ -32,16 +32,11 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import jit, padded, product, similarities, tl, use_triton
+from kernels import TILE, jit, padded, product, similarities, slices, tl, use_triton
 
-TILE = 1024  # rows and columns of similarities at a time; 4 MiB
 BLOCK, CAP = 8192, 2**22  # the Triton form: rows and columns at a time, pairs it can list; the lists take 64 MiB
 AREA, LARGEST_AREA = 2**14, 2**22  # float64 similarities at a time in search of positives: several classes, one class
 CHUNK = 32  # similarities compared with the floor together
-
-
-def slices(start, stop, size):
-    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 # ------------------------------------------------------------------------------------------ positives

@@ -14,8 +14,7 @@ Shapes: Q queries, G gallery items, D embedding size.
 
 import torch
 
-from kernels import jit, padded, product, similarities, tl, use_triton
-from kernels.recall import TILE, slices
+from kernels import TILE, jit, padded, product, similarities, slices, tl, use_triton
 
 LARGEST = 128  # k in the Triton form
 LOWEST = -(2**63)

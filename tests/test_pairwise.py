@@ -187,7 +187,7 @@ def test_sixteen_bit_vectors_are_summed_in_float32(dtype):
     y = BATCHES["odd"]
     z = torch.nn.functional.normalize(embeddings(y), dim=1)
     rows, columns = pairwise.Rows(y, torch.arange(37)), pairwise.Columns(y, torch.arange(37))
-    rho = pairwise.Rho(pairwise.HINGE, push_base=1.2)
+    rho = kernels.Rho(kernels.HINGE, push_base=1.2)
     exact = pairwise.pair_sums(z.to(dtype).float(), None, rows, columns, rho)
     x = z.to(dtype).requires_grad_()
     sums = pairwise.pair_sums(x, None, rows, columns, rho)
