@@ -147,10 +147,11 @@ class MetricLoss(nn.Module):
         lam)`, the mixed loss given similarities (R, N) of anchors to mixed examples, which of them count (R, N), and the
         anchor each row belongs to (R,);
     as a function `of_sums` of sums over pairs that a kernel makes without holding any such matrix, given `rho`, the
-        terms of a pair. It serves GPUs and large batches.
+        terms of a pair. It serves GPUs and large batches, and a loss may do without.
     """
 
     pairings = PAIRINGS  # the trainer draws one of these each step
+    rho = None  # no kernel makes its sums
 
     @_full_precision
     def forward(self, z, y):
@@ -191,7 +192,7 @@ class MetricLoss(nn.Module):
 
     def fused(self, z, terms, many):
         """Whether kernels make the sums of so many terms."""
-        return terms > 0 and self.rho.is_served() and (terms > many or z.dtype != torch.float64 and kernels.use_triton(z))
+        return terms > 0 and self.rho is not None and self.rho.is_served() and (terms > many or z.dtype != torch.float64 and kernels.use_triton(z))
 
     def clean_sums(self, z, y):
         """What `of_sums` takes, of the batch against itself."""

@@ -10,7 +10,8 @@
 set -euo pipefail
 here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
-words=("cub cars sop inshop folder toy" "contrastive multisimilarity proxyanchor" "baseline input feature embed")
+losses=$(sed -n '/^LOSSES = {/,/^}/s/^    "\([a-z0-9]*\)":.*/\1/p' "$here/metrix.py" | xargs)
+words=("cub cars sop inshop folder toy" "$losses" "baseline input feature embed")
 names=("data set" "loss" "mode")
 
 fail() { echo "run.sh: $1" >&2; exit 2; }
