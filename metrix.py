@@ -134,6 +134,7 @@ def check_finite(finite, number):
         raise FloatingPointError(number + 1 - len(finite) + int(all_of.int().argmin()))
 
 
+@contextlib.contextmanager
 def finished_first():
     """SIGINT and SIGTERM wait until what is inside is done, then raise KeyboardInterrupt.
 
@@ -530,8 +531,6 @@ def save_epoch(config, log, model, metric, optimizer):
 
 
 @contextlib.contextmanager
-
-
 def replacing(path):
     """A name to write to, which becomes `path` when all is on the disk: whatever happens, the old file is there or the new."""
     unfinished = f"{path}.unfinished"
@@ -546,9 +545,6 @@ def replacing(path):
         if isinstance(error, OSError):
             raise OSError(f"{path}: cannot be written ({error.strerror or error}); what was there before is intact") from error
         raise
-
-
-@contextlib.contextmanager
 
 
 def synchronise(path):
