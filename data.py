@@ -18,6 +18,7 @@ the same images whatever the number of workers, and the same boxes from a cache 
 
 import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -57,6 +58,10 @@ class Split:
 
     def __len__(self):
         return len(self.paths)
+
+    def __getitem__(self, at):
+        """The images of a slice, as a split."""
+        return Split(self.paths[at], self.labels[at], self.classes, self.cache and self.cache[at])
 
 
 class Splits(NamedTuple):
@@ -582,6 +587,11 @@ class Cache:
             warnings.simplefilter("ignore")  # that a tensor cannot be marked as read-only, which the map is
             self.pixels = torch.from_numpy(np.memmap(file, np.uint8, "r"))
 
+    def __getitem__(self, at):
+        part = copy.copy(self)
+        part.offsets, part.sizes, part.originals = self.offsets[at], self.sizes[at], self.originals[at]
+        return part
+
 
 def with_cache(splits, dataset, root, limit, num_workers, device="cpu", watch=iter):
     """The splits with their images decoded once, in full, and shrunk to `limit` pixels of the shorter side.
@@ -605,14 +615,11 @@ def with_cache(splits, dataset, root, limit, num_workers, device="cpu", watch=it
 
     sizes, originals = table[:, :2], table[:, 2:]
     offsets = np.cumsum(3 * sizes.prod(1)) - 3 * sizes.prod(1)
+    whole = Cache(file, offsets, sizes, originals)
+    if torch.device(device).type == "cuda" and 2 * len(whole.pixels) <= torch.cuda.mem_get_info(device)[0]:
+        whole.pixels = whole.pixels.to(device)
     ends = np.cumsum([len(split) for split in splits])
-    parts = [slice(end - len(split), end) for split, end in zip(splits, ends)]
-    caches = [Cache(file, offsets[part], sizes[part], originals[part]) for part in parts]
-    if torch.device(device).type == "cuda" and 2 * len(caches[0].pixels) <= torch.cuda.mem_get_info(device)[0]:
-        resident = caches[0].pixels.to(device)
-        for cache in caches:
-            cache.pixels = resident
-    return type(splits)(*(replace(split, cache=cache) for split, cache in zip(splits, caches)))
+    return type(splits)(*(replace(split, cache=whole[end - len(split) : end]) for split, end in zip(splits, ends)))
 
 
 def read_cache_table(file, source, count):

@@ -367,11 +367,12 @@ SHEET_ROWS, SHEET_NEIGHBOURS = 5, 10  # rows of each kind, neighbours in a row
 SHEET_CELL, TITLE = 80, 20  # pixels
 
 
-def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, gallery_paths=None, gallery_labels=None):
+def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, gallery_paths=None, gallery_labels=None, open_image=Image.open):
     """Write a picture: rows of a query and its nearest neighbours, right ones framed green, wrong ones red.
 
     The upper rows are the queries with the worst `rank` (from `ranks`), the lower ones are drawn at random. Without a
-    gallery the neighbours come from the queries. Paths are image files, in the order of the embeddings.
+    gallery the neighbours come from the queries. Paths are image files, in the order of the embeddings; open_image makes a
+    Pillow image of each.
     """
     itself = gallery is None
     if itself:
@@ -391,19 +392,18 @@ def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, 
     draw = ImageDraw.Draw(sheet)
     for row, (q, items) in enumerate(zip(chosen.tolist(), nearest)):
         top = row * cell + (TITLE if row < len(worst) else 2 * TITLE)
-        _paste(sheet, query_paths[q], (0, top), "black")
+        _paste(sheet, open_image(query_paths[q]), (0, top), "black")
         for column, g in enumerate(items):
             right = query_labels[q] == gallery_labels[g]
-            _paste(sheet, gallery_paths[g], ((1 + column) * cell + gap, top), "limegreen" if right else "red")
+            _paste(sheet, open_image(gallery_paths[g]), ((1 + column) * cell + gap, top), "limegreen" if right else "red")
     draw.text((4, 4), "worst queries, and their nearest neighbours", fill="black")
     if len(drawn):
         draw.text((4, TITLE + len(worst) * cell + 4), "random queries", fill="black")
     sheet.save(file, format="PNG")
 
 
-def _paste(sheet, path, corner, frame):
-    with Image.open(path) as image:
-        picture = image.convert("RGB").resize((SHEET_CELL - 10, SHEET_CELL - 10))
+def _paste(sheet, image, corner, frame):
+    picture = image.convert("RGB").resize((SHEET_CELL - 10, SHEET_CELL - 10))
     x, y = corner
     ImageDraw.Draw(sheet).rectangle((x + 2, y + 2, x + SHEET_CELL - 3, y + SHEET_CELL - 3), fill=frame)
     sheet.paste(picture, (x + 5, y + 5))

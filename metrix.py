@@ -449,9 +449,8 @@ class Embedded(NamedTuple):
 
 def embed(model, split, config, progress):
     """A split, seen through the test transform."""
-    part = dataclasses.replace(split, paths=share(split.paths), labels=share(split.labels))
     skip_broken = config.on_broken_image == "skip"
-    loader = data.test_loader(part, config.batch_size, config.image_size, config.num_workers, skip_broken)
+    loader = data.test_loader(share(split), config.batch_size, config.image_size, config.num_workers, skip_broken)
     with in_precision(config):
         z, y = eval.embed_all(model, progress.of(loader), config.device)
     readable = y != data.BROKEN
@@ -576,7 +575,7 @@ def write_sheet(out, ranking, embedded, splits):
     rank = gather(ranking.rank)
     if here()[0] == 0:
         with replacing(f"{out}/retrieval.png") as file:
-            eval.retrieval_sheet(file, rank, *shown)
+            eval.retrieval_sheet(file, rank, *shown, open_image=data.open_image)
 
 
 # ----------------------------------------------------------------------------------------- processes
@@ -601,7 +600,7 @@ def here():
 
 
 def share(x):
-    """This process's part of a list or tensor: consecutive, and the parts differ in length by one at most."""
+    """This process's part of a list, tensor or split: consecutive, and the parts differ in length by one at most."""
     rank, size = here()
     return x[len(x) * rank // size : len(x) * (rank + 1) // size]
 

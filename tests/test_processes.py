@@ -101,6 +101,20 @@ def test_run_sh_starts_many_processes_and_one_can_go_on(tmp_path, write_tree):
 
 
 @pytest.mark.slow
+def test_many_processes_train_from_one_cache(tmp_path, write_tree):
+    tree = write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)})
+    flags = f"folder contrastive feature --data-root {tree} {SMALL} --batch-size 6 --images-per-class 2 --epochs 2 --lr 1e-5 --data-path cache".split()
+    told = [run_sh(processes, *flags, "--out", f"of{processes}", cwd=tmp_path) for processes in (2, 1)]
+    assert [result.returncode for result in told] == [0, 0], told
+    assert [result.stdout.count("decoded 50 images") for result in told] == [1, 0]
+    assert os.listdir(tree / ".metrix-cache") == ["folder-320"]
+    one, two = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in ("of1", "of2"))
+    assert recalls(one["log"]) == recalls(two["log"])
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_all_processes_end_when_one_is_killed_and_the_run_goes_on(tmp_path, write_tree, monkeypatch):
     tree = write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)})
     flags = f"{ROOT}/metrix.py folder contrastive embed --data-root {tree} --out run {SMALL} --batch-size 6 --images-per-class 2 --epochs 400"
