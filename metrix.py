@@ -329,6 +329,8 @@ def told_in_one_line(*errors, by_all=False):
     """Errors that the user can mend end the program like bad input."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except errors as error:
         fail(str(error), by_all)
     except RuntimeError as error:
@@ -928,6 +930,9 @@ def main(arguments=None):
         if here()[0] == 0:
             print("\n" * sys.stderr.isatty() + "metrix: stopped; the same command goes on after the last full epoch", file=sys.stderr)
         sys.exit(128 + number)
+    except BrokenPipeError:  # nobody reads on: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except RuntimeError as error:
         if here()[1] == 1 or "gloo" not in str(error):
             raise

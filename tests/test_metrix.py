@@ -502,6 +502,15 @@ def test_run_sh_knows_the_words_of_metrix():
         assert f"{name.upper()}: {' '.join(fields[name].metadata['choices'])}," in told
 
 
+def test_output_that_nobody_reads_is_no_traceback(tree, tmp_path):
+    launch = [sys.executable, ROOT / "metrix.py", *command(tree, tmp_path / "run", more="--epochs 3")]
+    launched = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launched.stdout.readline()
+    launched.stdout.close()  # as `| head -1` does
+    told = launched.stderr.read()
+    assert launched.wait() == 1 and "Traceback" not in told, told
+
+
 @pytest.mark.slow
 def test_the_toy_baseline_is_neither_hopeless_nor_saturated(tmp_path):
     result = run_sh("toy", "contrastive", "baseline", cwd=tmp_path)
