@@ -131,13 +131,13 @@ def ranking(query, query_labels, gallery=None, gallery_labels=None, nearest_only
     result = [query.norm.new_full((len(query),), torch.nan) for _ in range(1 if nearest_only else 3)]
     for source in range(world.size):  # the process whose queries all processes now rank, each in its own gallery
         mine = source == world.rank
-        labels, norm = world.share((query.labels, query.norm) if mine else None, source)
+        labels, norm = world.share((query.labels, query.norm) if mine else None, source, query.norm.device)
         size = recall.class_sizes(labels, gallery.labels) - int(itself and mine)  # (Q,), R of each query
         size = world.reduce(size, "SUM")
         for block in _blocks(size.clamp_max(1) if nearest_only else size):
             part = query.part(block) if mine else None
             if group is not None:
-                (part,) = world.share((part[:],) if mine else None, source)
+                (part,) = world.share((part[:],) if mine else None, source, query.norm.device)
             inputs = (part, labels[block], gallery, gallery.labels)
             own = block.start if itself and mine else None
             found, start = world.merge(*recall.positives(*inputs, own, nearest_only), nearest_only)
@@ -336,13 +336,13 @@ class _World:
             dist.all_reduce(x, getattr(dist.ReduceOp, operation), self.group)
         return x
 
-    def share(self, tensors, source):
-        """The tensors of the process `source`, in every process."""
+    def share(self, tensors, source, device):
+        """The tensors of the process `source`, in every process, there on this device."""
         if self.group is None:
             return tensors
-        shared = [tensors]
+        shared = [tensors and [x.cpu() for x in tensors]]
         dist.broadcast_object_list(shared, dist.get_global_rank(self.group, source), self.group)
-        return shared[0]
+        return [x.to(device) for x in shared[0]]
 
     def merge(self, found, start, nearest_only):
         """The positives of all processes, the nearest first. Arguments and result as of recall.positives."""
@@ -370,7 +370,7 @@ SHEET_CELL, TITLE = 80, 20  # pixels
 def retrieval_sheet(file, rank, query, query_paths, query_labels, gallery=None, gallery_paths=None, gallery_labels=None, open_image=Image.open):
     """Write a picture: rows of a query and its nearest neighbours, right ones framed green, wrong ones red.
 
-    The upper rows are the queries with the worst `rank` (from `ranks`), the lower ones are drawn at random. Without a
+    The upper rows are the queries with the worst `rank` (of a `Ranking`), the lower ones are drawn at random. Without a
     gallery the neighbours come from the queries. Paths are image files, in the order of the embeddings; open_image makes a
     Pillow image of each.
     """

@@ -13,8 +13,9 @@ Which entries an anchor sees depends on the pairing, V(a) below; proxies as anch
 
 Shapes: B examples, A anchors, M bank entries, R rows, N columns, D embedding size, P classes (proxies).
 Embeddings may be of any length and of any float type; the losses normalise them and compute in float32
-(float64 if given that), under autocast too. Plain PyTorch, no loop over anchors or pairs. Labels and banks may stay on
-the CPU while embeddings are on a GPU: index lists are then made there, and no loss waits for the GPU.
+(float64 if given that), under autocast too. Plain PyTorch without loops over anchors or pairs, or on GPUs and for large
+batches the kernels. Labels and banks may stay on the CPU while embeddings are on a GPU: index lists are then made there,
+and no loss waits for the GPU.
 Method: Venkataramanan et al., It Takes Two to Tango, ICLR 2022, arXiv 2106.04990.
 """
 
@@ -53,8 +54,10 @@ def hardest_bank(z, y, pairing, hardest=1):
     z: (B, D), y: (B,). Returns i, j: int64 (M,), sorted by i, then j; M <= hardest * (number of pairs a, x). As M
     depends on z, this waits for a GPU.
     """
-    z = _unit(z.detach())
-    sim = (z @ z.T).masked_fill(placed(y[:, None] == y, z), -math.inf)  # (B, B)
+    with torch.autocast(z.device.type, enabled=False):
+        z = _unit(z.detach())
+        sim = z @ z.T  # (B, B)
+    sim = sim.masked_fill(placed(y[:, None] == y, z), -math.inf)
     top, negative = (x.to(y.device) for x in sim.topk(min(hardest, len(y)), dim=1))  # (B, hardest)
     a, x = serves(y, _indices(y), pairing).nonzero(as_tuple=True)  # (R,)
     pair = x[:, None] * len(y) + negative[a]  # (R, hardest), one number a pair

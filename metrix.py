@@ -17,6 +17,7 @@ All randomness of an epoch follows from (seed, epoch), so the same command goes 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -55,7 +56,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 def step(model, metric, images, y, config, lam, pairing):
     """Loss of one batch. images: (B, 3, H, W), y: (B,), lam in [0, 1], pairing one of metric.pairings.
 
-    With y on the CPU no mode but input waits for a GPU; that one does once, as its bank's size depends on z.
+    With y on the CPU and Triton's kernels no mode but input waits for a GPU; that one does once, as its bank depends on z.
     Of many processes each runs the trunk on its share of the images, and all compute the one loss of the whole batch.
     """
     features, y = gather(model.features(images)), gather(y)  # (B, C, h, w), (B,)
@@ -190,7 +191,7 @@ class Config:
     hardest: int = option(1, "negatives an image is mixed with in input mode", least=1)
 
     net: str = option("resnet50", "trunk", choices=tuple(models.NETS))
-    precision: str = option("fp32", "of the trunk: fp32, or bf16 by autocast; losses and metrics stay fp32", choices=PRECISIONS)
+    precision: str = option("fp32", "of the model: fp32, or bf16 by autocast; losses and metrics stay fp32", choices=PRECISIONS)
     weights: str = option("imagenet", "imagenet, none, or a file")
     bn: str = option(
         "stats",
@@ -229,7 +230,6 @@ RECIPES = {
     ("inshop", "*"): (6e-4, 20, 0.25, 1, "train", 5),
     ("folder", "contrastive"): (1e-4, 10, 0.1, 5, "stats", 5),
     ("folder", "*"): (1e-4, 5, 0.5, 5, "stats", 5),
-    ("toy", "*"): (3e-3, 16, 0.3, 0, "train", 5),  # see FROM_SCRATCH
 }
 # A trunk that starts from random weights has no statistics worth freezing, nothing to warm up for, and does not learn
 # small pictures from crops of a twelfth of their area. Of lr (1e-3, 3e-3, 1e-2) and epochs (15, 40) these gave the best
@@ -237,13 +237,14 @@ RECIPES = {
 # epochs were as good as 40.
 FROM_SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, min_crop=0.6, epochs=40, lr=3e-3, lr_step=16, lr_gamma=0.3)
 LR_FROM_SCRATCH = {"multisimilarity": 1e-2}
-TOY = dict(net="tiny", embedding_size=64, image_size=64, data_path="cache")
+TOY = dict(net="tiny", embedding_size=64, image_size=64, images_per_class=5, data_path="cache")
 
 
 def recipe_of(dataset, loss, mode, from_scratch=False):
     """Every setting of a cell, flags aside."""
     recipe = {field.name: field.default for field in dataclasses.fields(Config)} | dict(dataset=dataset, loss=loss, mode=mode)
-    recipe |= dict(zip(COLUMNS, RECIPES.get((dataset, loss), RECIPES[dataset, "*"])))
+    of_all = RECIPES.get((dataset, "*"), ())  # toy has none: see TOY
+    recipe |= dict(zip(COLUMNS, RECIPES.get((dataset, loss), of_all)))
     if (dataset, loss, mode) == ("inshop", "contrastive", "baseline"):
         recipe["lr"] = 3e-5
     if dataset == "toy" or from_scratch:
@@ -353,6 +354,8 @@ RECALL_AT = {
 
 def run(config):
     """Train, evaluate after every epoch, write OUT/. Returns the log, a dict an epoch."""
+    if torch.device(config.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(config.device)
     with told_in_one_line(ValueError, OSError):
         splits = data.load(config.dataset, config.data_root, config.validation)
         data.check_images(splits)
@@ -368,6 +371,7 @@ def run(config):
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer = make_optimizer(model, metric, config)
         log = open_run(config, splits, model, metric, optimizer)
+    with told_in_one_line(OSError, by_all=True):
         splits = cached(splits, config)
 
     skip_broken = config.on_broken_image == "skip"
@@ -395,7 +399,8 @@ def run(config):
             train = embed(model, splits.train, config, progress).z if last else None
             result, ranking = measure(embedded, RECALL_AT[config.dataset], last, train)
             line = dict(epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], recall=result.pop("recall"))
-            line |= dict(seconds=time.perf_counter() - started, images_per_second=rate, data_wait=data_wait, peak_memory_mib=peak_memory())
+            line |= dict(seconds=time.perf_counter() - started, images_per_second=rate, data_wait=data_wait)
+            line["peak_memory_mib"] = peak_memory(config.device)
             if config.on_nonfinite == "skip":
                 line["skipped_steps"] = skipped
             if skip_broken:
@@ -422,12 +427,13 @@ def cached(splits, config):
         progress.end(f"decoded {progress.images} images")
 
     name, size = f"{config.dataset}{'-validation' * config.validation}", config.cache_size
-    builds = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each host; the others then find what it has built
-    if not builds:
-        dist.barrier()
-    splits = data.with_cache(splits, name, config.data_root, size, config.num_workers, config.device, watch)
-    if builds and here()[1] > 1:
-        dist.barrier()
+    # The first process builds it, then one of each other host, unless it finds it there, and all others find it.
+    mine = 0 if here()[0] == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    for turn in range(3 if here()[1] > 1 else 1):
+        if turn == mine:
+            splits = data.with_cache(splits, name, config.data_root, size, config.num_workers, config.device, watch)
+        if here()[1] > 1:
+            dist.barrier()
     return splits
 
 
@@ -539,7 +545,7 @@ def replacing(path):
         yield unfinished
         synchronise(unfinished)
         os.replace(unfinished, path)
-        synchronise(os.path.dirname(path))
+        synchronise(os.path.dirname(path) or ".")
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
@@ -591,7 +597,8 @@ def join_processes():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group()  # NCCL for what lies on GPUs, Gloo for the rest
+        # NCCL for what lies on GPUs, Gloo for the rest; they may wait long for a cache to be built.
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))
         if here()[0] > 0:
             sys.stdout = open(os.devnull, "w")
 
@@ -635,8 +642,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.rank, size = here()
-        lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
-        dist.all_gather(lengths, torch.full_like(lengths[0], len(x)))
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+        dist.all_gather(lengths, torch.full_like(lengths[0], len(x)))  # on the CPU, so that no GPU is waited for
         ctx.lengths = torch.cat(lengths).tolist()
         padded = x.new_zeros(max(ctx.lengths), *x.shape[1:])
         padded[: len(x)] = x
@@ -697,10 +704,10 @@ class Progress:
         return hours((time.perf_counter() - self.start) / max(self.done, 1) * (self.images - self.done))
 
 
-def peak_memory():
-    """The most memory that tensors on the GPU, or without one this process, took so far, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory(device):
+    """The most memory in MiB that tensors on a GPU took since the run began, or that this process ever took on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -818,7 +825,8 @@ def compare(dataset, results, chart_file):
                 print(f"{'  published*':27}" + "".join(f"{share:17}" for share in PUBLISHED[dataset, loss]))
     if any((dataset, loss) in PUBLISHED for loss in LOSSES):
         print("\n* by the paper, on the full data set with the recipe as it is")
-    chart(chart_file, cells)
+    if here()[0] == 0:
+        chart(chart_file, cells)
     tree = {loss: {mode: {name: cells[name, loss, mode] for name in COMPARED} for mode in MODES} for loss in LOSSES}
     print("\n" + json.dumps(dict(dataset=dataset, seeds=seeds, cells=tree)))
 

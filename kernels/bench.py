@@ -499,7 +499,7 @@ def fail(message):
     sys.exit(2)
 
 
-def main(arguments=None):
+def parse(arguments):
     parser = argparse.ArgumentParser("bench", description="Time the kernels against what else one could use.")
     parser.add_argument("what", nargs="?", default="all", choices=(*CASES, "all", "readme"))
     parser.add_argument("--sizes", help="batch sizes, or numbers of embeddings for recall: 100,2048")
@@ -507,7 +507,11 @@ def main(arguments=None):
     parser.add_argument("--plot", help="picture to draw of times by size; needs matplotlib")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.error = fail
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    given = parse(arguments)
     if given.what == "readme":
         return readme()
     try:

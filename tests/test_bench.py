@@ -1,6 +1,7 @@
 """The benchmark: a table and JSON that agree, and nothing wrong, missing or too large taken for a time."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ from kernels import bench, speedrun
 
 
 def test_a_run_prints_what_it_writes(tmp_path):
-    command = [sys.executable, "-m", "kernels.bench", "recall", "--sizes", "200,300", "--device", "cpu", "--json", tmp_path / "out.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "kernels.bench", "recall", "--sizes", "200,300", "--device", "cpu", "--json", "out.json"]
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     result = json.loads(last)

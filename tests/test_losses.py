@@ -150,6 +150,15 @@ def test_clean_loss_equals_the_loop(name, z, y):
         assert_equal(metric(z, y), loop_clean(name, metric, z, y), z, *metric.parameters())
 
 
+def test_the_hardest_are_found_in_full_precision_under_autocast():
+    """Negatives nearer to each other than bfloat16 tells apart."""
+    y = torch.arange(40)
+    z = torch.nn.functional.pad(torch.ones(40, 1), (0, 6)) + 0.003 * torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    expected = losses.hardest_bank(z, y, "anchor-negative")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, losses.hardest_bank(z, y, "anchor-negative"), expected))
+
+
 @pytest.mark.parametrize("name, pairing", CELLS)
 @pytest.mark.parametrize("bank", ["full", "hardest"])
 def test_mixed_loss_equals_the_loop(name, pairing, bank, z, y):

@@ -21,7 +21,7 @@ import model as models
 
 ROOT = pathlib.Path(metrix.__file__).parent
 CELLS = list(itertools.product(metrix.LOSSES, metrix.MODES))
-SMALL = "--net tiny --weights none --image-size 32 --embedding-size 16 --batch-size 8 --images-per-class 2 --num-workers 0"
+SMALL = "--net tiny --weights none --image-size 32 --embedding-size 16 --batch-size 8 --images-per-class 2 --num-workers 0 --device cpu"
 BATCHES = {
     "balanced": [0, 0, 1, 1, 2, 2, 3, 3],
     "unbalanced, with singletons": [0, 0, 0, 0, 1, 1, 2, 3],
@@ -65,7 +65,10 @@ def test_a_step_does_not_wait_for_a_gpu(loss, mode):
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
             for pairing in metric.pairings:
-                metrix.step(net, metric, images, y, config, 0.4, pairing).backward()
+                value = metrix.step(net, metric, images, y, config, 0.4, pairing)
+                value.backward()
+                metrix.all_finite(value, [*net.parameters()])
+                torch.nn.utils.clip_grad_value_([*net.parameters()], 10)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

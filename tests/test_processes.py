@@ -17,7 +17,7 @@ import model as models
 
 ROOT = pathlib.Path(metrix.__file__).parent
 CELLS = list(itertools.product(metrix.LOSSES, metrix.MODES))
-SMALL = "--net tiny --weights none --bn stats --image-size 32 --embedding-size 16 --num-workers 0"
+SMALL = "--net tiny --weights none --bn stats --image-size 32 --embedding-size 16 --num-workers 0 --device cpu"
 BATCHES = (  # eight images do not divide by three; the others leave little to mix, less than a pair a process at times
     [0, 0, 1, 1, 2, 2, 3, 3],
     [0, 0, 0, 0, 1, 1, 2, 3],
