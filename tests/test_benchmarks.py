@@ -260,19 +260,19 @@ def test_all_twelve_cells_run_and_end_in_a_table(dataset, tmp_path, capsys, monk
     metrix.main(f"all {dataset} {SMALL}".split())
     out = capsys.readouterr().out
     assert out.count("is not the full") == 12 and "(the full data set)" not in out
-    summary = json.loads(out.splitlines()[-1])["recall_at_1"]
+    cells = json.loads(out.splitlines()[-1])["cells"]
     for loss, mode in itertools.product(metrix.LOSSES, metrix.MODES):
         config = json.loads((tmp_path / f"runs/{dataset}-{loss}-{mode}-seed0/config.json").read_text())
         assert config["train_images"] == EXPECTED[dataset][0][0]
         log = json.loads((tmp_path / f"runs/{dataset}-{loss}-{mode}-seed0/log.jsonl").read_text())
         assert list(log["recall"]) == [str(k) for k in metrix.RECALL_AT[dataset]]
-        assert summary[loss][mode] == log["recall"]["1"]
-    for share in metrix.PUBLISHED[dataset, "multisimilarity"]:
-        assert f"({share})" in out
+        assert cells[loss][mode]["recall_at_1"]["values"] == [100 * log["recall"]["1"]]
+    published = [line.split()[1:] for line in out.splitlines() if line.startswith("  published*")]
+    assert published == [list(map(str, shares)) for (of, _), shares in metrix.PUBLISHED.items() if of == dataset]
 
     monkeypatch.setattr(metrix, "train_epoch", None)  # a second time nothing is left to train
     metrix.main(f"all {dataset} {SMALL}".split())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["recall_at_1"] == summary
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["cells"] == cells
 
 
 def test_inshop_queries_search_the_gallery_without_leaving_anything_out(tmp_path, monkeypatch):

@@ -39,11 +39,12 @@ def child(prelude, arguments):
 
 
 def everything(out):
-    """What a run has come to, its timings aside: the log in its two forms, and all tensors of all checkpoints."""
+    """What a run has come to, what it took aside: the log in its two forms, and all tensors of all checkpoints."""
     states = [torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt")]
     logs = [list(map(json.loads, (out / "log.jsonl").read_text().splitlines())), *(state.pop("log") for state in states)]
     for line in (line for log in logs for line in log):
-        del line["seconds"], line["images_per_second"]
+        for timing in ("seconds", "images_per_second", "data_wait", "peak_memory_mib"):
+            del line[timing]
     for state in states:
         del state["config"]["out"], state["config"]["num_workers"]
     return logs, states
