@@ -21,6 +21,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import numbers
 import os
@@ -551,16 +552,12 @@ def resized(image_size):
 
 def _loader(split, steps, batches, num_workers, skip_broken):
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    return _in_workers(Images(split, transform, skip_broken), num_workers, batch_sampler=batches)
-
-
-def _in_workers(dataset, num_workers, **items):
     return torch.utils.data.DataLoader(
-        dataset,
+        Images(split, transform, skip_broken),
+        batch_sampler=batches,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        **items,
     )
 
 
@@ -571,7 +568,6 @@ def _in_workers(dataset, num_workers, **items):
 # seal that is expected is of other images, another size limit or version, or not whole.
 
 CACHE_VERSION = 1  # of the file and of what is done to the images: a change makes every cache stale
-DECODED_TOGETHER = 16  # images that a worker hands over at once
 
 
 class Cache:
@@ -658,9 +654,9 @@ def build_cache(files, source, paths, limit, num_workers, watch):
     try:
         table = []
         with out:
-            for pixels, sizes in watch(_in_workers(Decoded(paths, limit), num_workers, batch_size=None)):
-                out.write(pixels.numpy())
-                table.append(sizes.numpy())
+            for pixels, sizes in watch(_in_threads(decode, ((path, limit) for path in paths), num_workers)):
+                out.write(pixels)
+                table.append(sizes)
             table = np.concatenate(table)
             out.write(table)
             out.write(hashlib.sha256(source + table.tobytes()).digest())
@@ -677,26 +673,36 @@ def build_cache(files, source, paths, limit, num_workers, watch):
     return file, table.astype(np.int64)
 
 
-class Decoded(torch.utils.data.Dataset):
-    """Item: the next few images, pixels uint8 (P,) and heights and widths, shrunk and not, int32 (n, 4)."""
+def decode(path, limit):
+    """An image in full, shrunk to `limit`: pixels uint8 (width, 3, height), and its sizes shrunk and not, int32 (1, 4)."""
+    image = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)  # (3, height, width)
+    whole = image.shape[1:]
+    if (shorter := min(whole)) > limit:  # bicubic: the bilinear filter would blur what a crop shows later
+        size = [round(side * limit / shorter) for side in whole]
+        image = torch.nn.functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    return image.permute(2, 0, 1).contiguous().numpy(), np.array([(*image.shape[1:], *whole)], np.int32)
 
-    def __init__(self, paths, limit):
-        self.paths, self.limit = paths, limit
 
-    def __len__(self):
-        return -(-len(self.paths) // DECODED_TOGETHER)
+def _in_threads(function, items, num_workers):
+    """function(*item) of every item in turn, by `num_workers` threads some items ahead; by 0, when it is asked for.
 
-    def __getitem__(self, item):
-        pixels, sizes = [], []
-        for path in self.paths[item * DECODED_TOGETHER : (item + 1) * DECODED_TOGETHER]:
-            image = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)  # (3, height, width)
-            whole = image.shape[1:]
-            if (shorter := min(whole)) > self.limit:  # bicubic: the bilinear filter would blur what a crop shows later
-                size = [round(side * self.limit / shorter) for side in whole]
-                image = torch.nn.functional.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
-            pixels.append(image.permute(2, 0, 1).reshape(-1))  # (width, 3, height)
-            sizes.append((*image.shape[1:], *whole))
-        return torch.cat(pixels), torch.tensor(sizes, dtype=torch.int32)
+    Decoding and cropping work outside Python's lock, and from a thread nothing need be sent, as it is from a process,
+    which would take as long as making it.
+    """
+    if not num_workers:
+        yield from itertools.starmap(function, items)
+        return
+    threads, waiting = torch.get_num_threads(), collections.deque()
+    try:
+        with futures.ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for item in items:
+                waiting.append(pool.submit(function, *item))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # of threads to come: this one has kept its number
 
 
 class RandomBoxes:
@@ -736,11 +742,7 @@ class CentreBoxes:
 
 
 class CachedLoader:
-    """(images (B, 3, size, size), labels (B,)) of batches of (index, seed), cropped where the pixels are.
-
-    On a CPU by `num_workers` threads, some batches ahead: PyTorch works outside Python's lock, and the images need not
-    be sent from one process to another, which would take longer than to make them.
-    """
+    """(images (B, 3, size, size), labels (B,)) of batches of (index, seed), cropped where the pixels are."""
 
     def __init__(self, split, boxes, batches, size, num_workers):
         self.cache, self.labels = split.cache, torch.tensor(split.labels)
@@ -748,21 +750,7 @@ class CachedLoader:
         self.num_workers = 0 if self.cache.pixels.is_cuda else num_workers
 
     def __iter__(self):
-        if not self.num_workers:
-            for batch in self.batches:
-                yield self.show(*self.views(batch))
-            return
-        threads, waiting = torch.get_num_threads(), collections.deque()
-        try:
-            with futures.ThreadPoolExecutor(self.num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for batch in self.batches:
-                    waiting.append(pool.submit(self.show, *self.views(batch)))
-                    if len(waiting) > 2 * self.num_workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-        finally:
-            torch.set_num_threads(threads)  # of threads to come: this one has kept its number
+        return _in_threads(self.show, map(self.views, self.batches), self.num_workers)
 
     def views(self, batch):
         """Where the images lie, what of them to show, as `crop` takes it, and their labels."""

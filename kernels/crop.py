@@ -15,7 +15,6 @@ Shapes: B images, S = size, P bytes of the buffer, K pixels that an output looks
 """
 
 import torch
-import torch.nn.functional as F
 
 from kernels import jit, tl, triton, use_triton
 
@@ -57,11 +56,14 @@ def _crop_torch(pixels, at, window, boxes, flips, scale, shift, out):
     for part in columns:
         part[flips] = part[flips].flip(1)
     scale, shift = (torch.tensor(values, device=out.device).repeat(size) for values in (scale, shift))  # (3S,)
-    for b, (corner, (pitch, height, width)) in enumerate(zip(at.tolist(), window.tolist())):
+    first_row, first_column = (torch.arange(0, size * k, k, dtype=torch.int32) for k in (rows[0].shape[2], columns[0].shape[2]))
+    taps = (part.flatten(1).unbind() for part in (*columns, *rows))  # (S K,) an image
+    batch = zip(at.tolist(), window.tolist(), *taps, out.permute(0, 2, 3, 1).view(-1, size, 3 * size).unbind())
+    for corner, (pitch, height, width), column, column_weight, row, row_weight, shown in batch:
         image = pixels.as_strided((width, 3, height), (3 * pitch, pitch, 1), corner).float().view(width, -1)
-        image = _resample(image, *(part[b] for part in columns)).view(3 * size, height)
-        image = _resample(image.T.contiguous(), *(part[b] for part in rows))  # (S, 3S)
-        torch.addcmul(shift, image, scale, out=out[b].permute(1, 2, 0).view(size, 3 * size))
+        image = _resample(image, column, column_weight, first_column).view(3 * size, height)
+        image = _resample(image.T.contiguous(), row, row_weight, first_row)  # (S, 3S)
+        torch.addcmul(shift, image, scale, out=shown)
 
 
 def _taps(start, extent, length, size):
@@ -77,9 +79,10 @@ def _taps(start, extent, length, size):
     return pixel.minimum(last).int(), weight / weight.sum(2, keepdim=True)
 
 
-def _resample(lines, pixel, weight):
-    """Weighted sums of lines, (S, D). lines: (L, D); pixel, weight: (S, K)."""
-    return F.embedding_bag(pixel, lines, mode="sum", per_sample_weights=weight)
+def _resample(lines, pixel, weight, first):
+    """Weighted sums of lines, (S, D). lines: (L, D); pixel, weight: (S K,); first: (S,), where each sum's begin."""
+    # F.embedding_bag less its checks, which hold Python's lock for longer than the sums take.
+    return torch.embedding_bag(lines, pixel, first, False, 0, False, weight)[0]
 
 
 # -------------------------------------------------------------------------------------------- Triton
