@@ -3,9 +3,10 @@
     ./run.sh bench speedrun [--epochs N] [--json FILE] [--device cpu]
 
 On a GPU 5,864 + 5,924 photos of 500 x 375, ResNet-50 at 224 px in bf16, contrastive loss, feature mode, 60 epochs of
-CUB's recipe, the first twelfth of them warm-up, each with its evaluation; on a CPU the same in miniature. The parts of a step are timed apart, one after
-the other, so their sum is more than the run took where one hides behind another. The floor is the arithmetic of the
-trunk, forward and backward, at the rate that a large product reaches here; there is no evaluation in it.
+CUB's recipe, the first twelfth of them warm-up, each with its evaluation; on a CPU the same in miniature. The parts of a
+step are timed apart, one after the other, so their sum is more than the run took where one hides behind another. The
+floor is the arithmetic of the trunk, forward and backward, at the rate that a large product reaches here; there is no
+evaluation in it.
 """
 
 import argparse
