@@ -37,7 +37,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
-from kernels.crop import crop
+from kernels.crop import crop, in_triton
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -612,8 +612,12 @@ def with_cache(splits, dataset, root, limit, num_workers, device="cpu", watch=it
     sizes, originals = table[:, :2], table[:, 2:]
     offsets = np.cumsum(3 * sizes.prod(1)) - 3 * sizes.prod(1)
     whole = Cache(file, offsets, sizes, originals)
-    if torch.device(device).type == "cuda" and 2 * len(whole.pixels) <= torch.cuda.mem_get_info(device)[0]:
-        whole.pixels = whole.pixels.to(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier run has left
+        if 2 * len(whole.pixels) <= torch.cuda.mem_get_info(device)[0]:
+            whole.pixels = whole.pixels.to(device)
+        else:
+            print(f"{file}: more than half of the GPU's free memory, so images are cropped on the CPU", flush=True)
     ends = np.cumsum([len(split) for split in splits])
     return type(splits)(*(replace(split, cache=whole[end - len(split) : end]) for split, end in zip(splits, ends)))
 
@@ -638,19 +642,20 @@ def read_cache_table(file, source, count):
 def build_cache(files, source, paths, limit, num_workers, watch):
     """Write the first of the files that can be written. Returns its name and table.
 
-    It has its name only when it is whole. A killed build leaves a file *.unfinished-PID, which nobody reads.
+    It has its name only when it is whole. A killed build leaves a file *.unfinished-.., which nobody reads.
     """
     for file in files:
-        unfinished = f"{file}.unfinished-{os.getpid()}"
+        unfinished = f"{file}.unfinished-{os.urandom(4).hex()}"  # no two are the same, whoever else builds one now
         try:
             os.makedirs(os.path.dirname(file), exist_ok=True)
-            out = open(unfinished, "wb")
+            out = open(unfinished, "xb")
             break
         except OSError as error:
             reason = f"{file}: cannot be written ({error.strerror})"
             if file is files[-1]:
                 raise OSError(f"{reason}; --data-path decode needs no cache") from None
             print(f"{reason}; using {files[-1]}", flush=True)
+    Image.init()  # two threads that need a seldom used format first would race for it
     try:
         table = []
         with out:
@@ -663,7 +668,7 @@ def build_cache(files, source, paths, limit, num_workers, watch):
             out.flush()
             os.fsync(out.fileno())
         os.replace(unfinished, file)
-    except UnreadableImage:
+    except (UnreadableImage, BrokenPipeError):
         raise
     except OSError as error:
         raise OSError(f"{file}: cannot be written ({error.strerror}); --data-path decode needs no cache") from error
@@ -747,7 +752,8 @@ class CachedLoader:
     def __init__(self, split, boxes, batches, size, num_workers):
         self.cache, self.labels = split.cache, torch.tensor(split.labels)
         self.boxes, self.batches, self.size = boxes, batches, size
-        self.num_workers = 0 if self.cache.pixels.is_cuda else num_workers
+        pixels = self.cache.pixels
+        self.num_workers = 0 if pixels.is_cuda or in_triton(pixels) else num_workers  # its interpreter knows one thread
 
     def __iter__(self):
         return _in_threads(self.show, map(self.views, self.batches), self.num_workers)

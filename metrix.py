@@ -421,7 +421,7 @@ def cached(splits, config):
         return splits
 
     def watch(chunks):
-        progress = Progress(sum(map(len, splits)))
+        progress = Progress(sum(map(len, splits)), processes=1)
         progress.begin("decoding the images")
         yield from progress.of(chunks)
         progress.end(f"decoded {progress.images} images")
@@ -673,8 +673,9 @@ def average(parameters):
 class Progress:
     """What is going on, its images/s and the time left: rewritten in place on a terminal, else a line a minute."""
 
-    def __init__(self, images):
+    def __init__(self, images, processes=None):
         self.images, self.done, self.start = images, 0, time.perf_counter()
+        self.processes = processes or here()[1]  # that work on them
         self.terminal = sys.stdout.isatty()
 
     def begin(self, title):
@@ -686,7 +687,7 @@ class Progress:
         for images, y in loader:
             self.waited += time.perf_counter() - asked
             yield images, y
-            self.done += len(y) * here()[1]
+            self.done += len(y) * self.processes
             now = asked = time.perf_counter()
             if now - self.shown > (0.5 if self.terminal else 60):
                 self.shown = now
@@ -729,8 +730,8 @@ def describe(config, splits):
     }
     if lone := data.lone_queries(splits):
         lines["data"] += f"; {lone} queries have no other image of their class and are left out"
-    full, here = data.FULL.get(config.dataset), data.sizes(splits)
-    if here == full:
+    full, here = None if config.validation else data.FULL.get(config.dataset), data.sizes(splits)
+    if full == here:
         lines["data"] += " (the full data set)"
     print(f"{config.dataset} {config.loss} {config.mode}")
     for name, line in lines.items():
@@ -858,9 +859,12 @@ def chart(file, cells):
         axes.set_xticks(range(len(LOSSES)), LOSSES)
         axes.set_ylabel(f"{COMPARED[name]} gained over baseline")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    with replacing(file) as name:
-        figure.savefig(name, format="png", dpi=150)
-    print(f"\nwrote {file}")
+    try:
+        with replacing(file) as name:
+            figure.savefig(name, format="png", dpi=150)
+        print(f"\nwrote {file}")
+    except OSError as error:  # the numbers are still to be told
+        print(f"\n{error}")
 
 
 def evaluate_run(arguments):

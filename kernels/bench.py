@@ -507,7 +507,16 @@ def parse(arguments):
     parser.add_argument("--plot", help="picture to draw of times by size; needs matplotlib")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.error = fail
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    check_written(given.json, given.plot)
+    return given
+
+
+def check_written(*files):
+    """Fail before the work if there is no directory for what it is to write."""
+    for file in filter(None, files):
+        if not os.path.isdir(os.path.dirname(file) or "."):
+            fail(f"{file}: there is no such directory; make it, or name another")
 
 
 def main(arguments=None):

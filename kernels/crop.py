@@ -14,6 +14,8 @@ lie and the rows after one transposition, and comes out channels-last. Traffic, 
 Shapes: B images, S = size, P bytes of the buffer, K pixels that an output looks at along an axis.
 """
 
+import os
+
 import torch
 
 from kernels import jit, tl, triton, use_triton
@@ -41,9 +43,14 @@ def crop(pixels, offsets, sizes, boxes, flips, size, mean, std, within=True, out
     boxes = torch.cat([boxes[:, :2] - start, boxes[:, 2:] - boxes[:, :2]], dim=1).float()  # corner, height, width
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std)]
-    form = _crop_triton if use_triton(pixels) else _crop_torch
+    form = _crop_triton if in_triton(pixels) else _crop_torch
     form(pixels, at, window, boxes, flips, scale, shift, out)
     return out
+
+
+def in_triton(pixels):
+    """Whether `crop` uses Triton. What a GPU cannot hold stays on the CPU, and there that takes the interpreter."""
+    return (pixels.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and use_triton(pixels)
 
 
 # --------------------------------------------------------------------------------------------- plain
@@ -56,7 +63,9 @@ def _crop_torch(pixels, at, window, boxes, flips, scale, shift, out):
     for part in columns:
         part[flips] = part[flips].flip(1)
     scale, shift = (torch.tensor(values, device=out.device).repeat(size) for values in (scale, shift))  # (3S,)
-    first_row, first_column = (torch.arange(0, size * k, k, dtype=torch.int32) for k in (rows[0].shape[2], columns[0].shape[2]))
+    first_row, first_column = (
+        torch.arange(size, dtype=torch.int32, device=out.device) * pixel.shape[2] for pixel, _ in (rows, columns)
+    )
     taps = (part.flatten(1).unbind() for part in (*columns, *rows))  # (S K,) an image
     batch = zip(at.tolist(), window.tolist(), *taps, out.permute(0, 2, 3, 1).view(-1, size, 3 * size).unbind())
     for corner, (pitch, height, width), column, column_weight, row, row_weight, shown in batch:

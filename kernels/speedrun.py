@@ -136,6 +136,9 @@ def main(arguments=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.error = bench.fail
     given = parser.parse_args(arguments)
+    bench.check_written(given.json)
+    if given.epochs is not None and given.epochs < 1:
+        bench.fail(f"--epochs {given.epochs}: give at least 1")
     if given.device == "cuda" and not torch.cuda.is_available():
         bench.fail("--device cuda: there is no GPU here")
     shape = SHAPES[given.device] | (dict(epochs=given.epochs) if given.epochs else {})

@@ -275,6 +275,12 @@ def test_all_twelve_cells_run_and_end_in_a_table(dataset, tmp_path, capsys, monk
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["cells"] == cells
 
 
+def test_halves_of_the_training_classes_are_not_called_an_incomplete_data_set(tmp_path, capsys):
+    write_inshop(tmp_path / "data")
+    metrix.main(f"inshop contrastive baseline --validation --data-root {tmp_path}/data --out {tmp_path}/run {SMALL} --batch-size 4".split())
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_inshop_queries_search_the_gallery_without_leaving_anything_out(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(eval, "ranking", lambda *given, ranking=eval.ranking, **more: calls.append(given) or ranking(*given, **more))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import kernels
 
 
 def test_a_flat_folder_is_split_by_class(tmp_path, write_tree):
@@ -231,6 +232,21 @@ def test_cached_batches_do_not_depend_on_workers(photos):
     assert len(loaded[0]) == 2 and torch.equal(torch.stack(loaded[0]), torch.stack(loaded[1]))
 
 
+def test_pixels_on_a_cpu_are_cropped_by_triton_only_where_it_is_interpreted(photos, triton_device, monkeypatch):
+    split = cached(photos).test
+
+    def cropped():
+        return torch.cat([images for images, _ in data.test_loader(split, 4, 32, num_workers=2)])
+
+    interpreted = cropped()
+    monkeypatch.setattr(kernels, "choice", "torch")
+    plain = cropped()
+    assert (interpreted - plain).abs().max() < 1e-4
+    monkeypatch.setattr(kernels, "choice", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert torch.equal(cropped(), plain)  # what a GPU cannot hold
+
+
 def test_boxes_follow_torchvisions_distribution():
     """Area uniform in min_crop .. 1 and log-ratio in log 3/4 .. log 4/3 on a square, where few tries fail; half flipped."""
     transform = data.transforms.RandomResizedCrop(224, scale=(0.08, 0.5)), data.transforms.RandomHorizontalFlip()
@@ -284,6 +300,20 @@ def test_an_interrupted_build_leaves_nothing(photos):
     with pytest.raises(KeyboardInterrupt):
         cached(photos, watch=stop)
     assert list(cache_file(photos).parent.iterdir()) == []
+
+
+def test_builds_at_one_time_do_not_meet(photos):
+    built = []
+
+    def watch(chunks):
+        yield next(chunks)
+        data.with_cache(data.load("folder", str(photos)), "folder", str(photos), 48, num_workers=2)
+        built.append(cache_file(photos).read_bytes())
+        yield from chunks
+
+    cached(photos, watch=watch)
+    assert cache_file(photos).read_bytes() == built[0]
+    assert list(cache_file(photos).parent.iterdir()) == [cache_file(photos)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
