@@ -10,7 +10,7 @@
 set -euo pipefail
 here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
-losses=$(sed -n '/^LOSSES = {/,/^}/s/^    "\([a-z0-9]*\)":.*/\1/p' "$here/metrix.py" | xargs)
+losses=$(sed -n '/^LOSSES = {/,/^}/s/^    "\([a-z0-9_]*\)":.*/\1/p' "$here/metrix.py" | xargs)
 words=("cub cars sop inshop folder toy" "$losses" "baseline input feature embed")
 names=("data set" "loss" "mode")
 
@@ -36,13 +36,13 @@ esac
 # The active Python if it has what is needed (a CUDA environment, say), else .venv here.
 needed="torch, torchvision, numpy, PIL"
 [[ ${1:-} == test ]] && needed+=", pytest, scipy"
-ready() { "$1" -c "import $needed" 2>/dev/null; }
+ready() { "$1" -c "import $needed; torch.nn.utils.get_total_norm" 2>/dev/null; }  # which PyTorch has from 2.6 on
 python=python3
 if ! ready "$python"; then
     python="$here/.venv/bin/python"
     if ! ready "$python"; then
         command -v python3 >/dev/null || fail "no python3 here; install Python 3.10 or newer"
-        echo "The active Python lacks one of: $needed. Installing requirements.txt into $here/.venv (several GB, minutes)."
+        echo "The active Python lacks one of: $needed (torch 2.6 or newer). Installing requirements.txt into $here/.venv (several GB, minutes)."
         python3 -m venv "$here/.venv" || fail "python3 cannot make $here/.venv; install its venv module"
         "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
     fi
