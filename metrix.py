@@ -730,14 +730,14 @@ def describe(config, splits):
     }
     if lone := data.lone_queries(splits):
         lines["data"] += f"; {lone} queries have no other image of their class and are left out"
-    full, here = None if config.validation else data.FULL.get(config.dataset), data.sizes(splits)
-    if full == here:
+    full, found = None if config.validation else data.FULL.get(config.dataset), data.sizes(splits)
+    if found == full:
         lines["data"] += " (the full data set)"
     print(f"{config.dataset} {config.loss} {config.mode}")
     for name, line in lines.items():
         print(textwrap.fill(line, 110, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11, break_on_hyphens=False))
-    if full and here != full:
-        differences = ", ".join(f"{here[name]} {name} instead of {full[name]}" for name in full if here[name] != full[name])
+    if full and found != full:
+        differences = ", ".join(f"{found[name]} {name} instead of {full[name]}" for name in full if found[name] != full[name])
         print(f"WARNING: this is not the full {config.dataset} ({differences}): its results are not comparable")
 
 
