@@ -1,20 +1,19 @@
-"""ResNet-50 written out, with the pooling and embedding head of the paper.
+"""ResNet-50 written by hand, with the paper's pooling and embedding head.
 
-Bottleneck ResNet "v1.5": the stride sits in the 3x3 convolution (He et al. 2016; torchvision's variant). Parameter
-names are torchvision's, so its weights load here and a trunk trained here loads there.
+Bottleneck ResNet "v1.5": the stride is in the 3x3 convolution (He et al. 2016, torchvision's variant). Parameter names
+are torchvision's: its weights load here, and a trunk trained here loads there.
 
-    features(images)   (B, 3, H, W) -> (B, C, h, w)      the last feature map, where Metrix mixes
+    features(images)   (B, 3, H, W) -> (B, C, h, w)      the last feature map, which feature mode mixes
     head(features)     (B, C, h, w) -> (B, D)            average + max pool, then embed
     embed(pooled)      (B, C)       -> (B, D)            linear layer, rows at length 1
 
-With frozen statistics batch norm is an affine map a channel, and folding it into its convolution,
+With frozen statistics, batch norm is an affine map per channel. Folding it into its convolution,
 
     bn(conv(x; w)) = conv(x; w * gamma / sigma) + (beta - mu * gamma / sigma),
 
-gives the same values and gradients for one elementwise pass and one saved activation less.
+gives the same values and gradients with one elementwise pass and one saved activation fewer.
 """
 
-import hashlib
 import os
 
 import torch
@@ -27,14 +26,13 @@ NETS = {
     "tiny": dict(blocks=(1, 1, 1, 1), width=16),
 }
 BATCH_NORMS = ("train", "stats", "frozen")
-IMAGENET_URL = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
 EXPANSION = 4  # a bottleneck's output channels over its inner channels
 
 
 class ResNet(nn.Module):
-    """bn: "train" as usual; "stats" keeps the running statistics fixed; "frozen" keeps scale and shift fixed as well.
+    """bn: "train"; "stats" freezes the running statistics; "frozen" freezes scale and shift as well.
 
-    fold=False runs batch norm on its own even where its statistics are fixed (for comparison).
+    fold=False keeps batch norm a separate operation even where its statistics are frozen, for comparison.
     """
 
     def __init__(self, blocks=(3, 4, 6, 3), width=64, embedding_size=512, bn="stats", fold=True):
@@ -80,13 +78,13 @@ class ResNet(nn.Module):
 
     def embed(self, pooled):
         z = self.embedding(pooled)
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # of 16 bits under autocast
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # at least float32
 
     def norms(self):
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def train_trunk(self, on):
-        """Let everything below the embedding layer learn, or not; without, no graph is kept for it."""
+        """Train the layers below the embedding layer or not. If not, autograd keeps no graph for them."""
         for name, parameter in self.named_parameters():
             if not name.startswith("embedding."):
                 parameter.requires_grad_(on)
@@ -98,7 +96,7 @@ class ResNet(nn.Module):
         super().train(mode)
         if self.bn != "train":
             for norm in self.norms():
-                norm.eval()  # fixed statistics, in training too
+                norm.eval()  # frozen statistics, also in training
         return self
 
 
@@ -126,76 +124,55 @@ class Bottleneck(nn.Module):
 
 
 def conv_bn(conv, bn, x, fold):
-    """bn(conv(x)); with fixed statistics, one convolution with the affine map folded into its weight."""
+    """bn(conv(x)). With frozen statistics: one convolution, with the affine map folded into its weight."""
     if bn.training or not fold:
         return bn(conv(x))
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
+    weight, bias = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 # ------------------------------------------------------------------------------------------- weights
 
 
 def load_weights(model, weights):
-    """Fill a model in place from "imagenet" (torchvision's IMAGENET1K_V1), a file, or, for "none", leave it be.
+    """Fill a model in place from "imagenet" (torchvision's IMAGENET1K_V1) or a file; "none" leaves it as it is.
 
-    A file holds a state dict: torchvision's names without or with `fc` (the embedding layer then keeps its
-    initialisation), or a checkpoint of this project. Files are read as tensors and plain values only.
-    Raises ValueError or OSError with one line that names the file and what to do.
+    A file holds a state dict with torchvision's names, or a checkpoint of this project. `fc` is ignored, and a file
+    without an embedding layer leaves the model's. Raises ValueError or OSError that names the file and what to do.
     """
     if weights == "none":
         return
-    source = _imagenet_file() if weights == "imagenet" else weights
-    state = read_checkpoint(source)
-    state = state.get("model", state)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise ValueError(f"{source}: not a state dict, which is tensors by name")
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    state = imagenet_weights() if weights == "imagenet" else read_checkpoint(weights)
+    state = {name: value for name, value in state.get("model", state).items() if not name.startswith("fc.")}
     own = model.state_dict()
-    has_embedding = any(name.startswith("embedding.") for name in state)
-    for name, value in own.items():  # what a file may lack; torchvision's own has no counters
-        if name.endswith("num_batches_tracked") or name.startswith("embedding.") and not has_embedding:
-            state.setdefault(name, value)
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state or name not in own:
-            where = "is missing from" if name not in state else "is not part of this net but is in"
-            raise ValueError(f"{source}: {name} {where} the file; is it for another --net?")
-        if own[name].shape != state[name].shape:
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(state[name].shape)}, this net wants {tuple(own[name].shape)}; "
-                "check --net and --embedding-size"
-            )
-    model.load_state_dict(state)
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    if not any(name.startswith("embedding.") for name in state):
+        optional |= {name for name in own if name.startswith("embedding.")}
+    wrong = sorted(own.keys() - optional - state.keys()) + sorted(state.keys() - own.keys())
+    wrong += [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
+    if wrong:
+        raise ValueError(f"{weights}: {len(wrong)} tensors do not fit ({wrong[0]}, ..); check --net and --embedding-size")
+    model.load_state_dict(own | state)
 
 
 def read_checkpoint(file):
-    """The dict that torch.save wrote, tensors and plain values only: no code in a file is ever run."""
+    """The dict in a file written by torch.save. Only tensors and plain values are read: no code in a file is run."""
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such file of weights")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a truncated or foreign file
+    except Exception as error:  # torch raises many kinds for a truncated or foreign file
         raise ValueError(f"{file}: not a readable checkpoint of tensors and plain values") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file}: holds a {type(state).__name__}, expected a state dict")
     return state
 
 
-def _imagenet_file():
-    """Path of torchvision's ImageNet weights for ResNet-50, downloaded if not yet there; their hash is checked always."""
-    file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(IMAGENET_URL))
-    prefix = file.rsplit("-", 1)[1].removesuffix(".pth")  # of the file's SHA-256
-    if os.path.exists(file):
-        with open(file, "rb") as content:
-            if not hashlib.sha256(content.read()).hexdigest().startswith(prefix):
-                raise ValueError(f"{file}: not the file that its name says (its SHA-256 is another); delete it")
-    else:
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(IMAGENET_URL, file, hash_prefix=prefix)
-        except (OSError, RuntimeError) as error:  # no network, or another hash
-            reason = getattr(error, "reason", error)
-            raise OSError(
-                f"cannot download ImageNet weights ({reason}); put {IMAGENET_URL} at {file}, or use --weights none"
-            ) from error
-    return file
+def imagenet_weights():
+    try:
+        return torchvision.models.ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, or a file with another hash
+        url = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        raise OSError(f"no ImageNet weights ({error}); put {url} into {place}, or use --weights none") from error

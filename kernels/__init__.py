@@ -1,8 +1,8 @@
-"""Fast forms of the places where metric learning spends its time; a file a kernel, plain tensors in and out.
+"""Fused kernels for the places where metric learning spends its time: one file each, plain tensors in and out.
 
-Every public function has a plain PyTorch form and a Triton form of one signature. `choice`, set by --kernels, says which
-one runs: "torch", "triton", or "auto", which takes Triton for tensors on a GPU. Here is what the files share: the
-switch, products of tiles, and the terms that a pair of embeddings adds to a loss.
+Every public function has a plain PyTorch form and a Triton form with the same signature. `choice`, set by --kernels,
+picks one: "torch", "triton", or "auto", which uses Triton for tensors on a GPU. This file holds what the kernels share:
+the switch, tiled products, and the terms that a pair of embeddings adds to a loss.
 """
 
 import os
@@ -16,39 +16,34 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # no Triton for this platform: its forms stay unused
+except ImportError:  # no Triton for this platform
     triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
 
 CHOICES = ("auto", "torch", "triton")
 choice = "auto"
-TILE = 1024  # rows and columns of similarities at a time; 4 MiB
+TILE = 1024  # rows and columns of similarities at a time: 4 MiB
+# Multiplications from which a CPU product goes to oneDNN: up to twice MKL's speed on AMD, but slower to start.
+ONEDNN_FROM = 2**25 if torch.backends.mkldnn.is_available() else float("inf")
 
 
 def use_triton(tensor):
-    """Whether the Triton form of a kernel runs on this tensor. Raises RuntimeError if it was chosen and cannot."""
+    """Whether to run the Triton form on this tensor. Raises ValueError if it was asked for and cannot run."""
     if choice == "auto":
         return tensor.is_cuda and triton is not None
     if choice == "triton":
         if triton is None:
-            raise RuntimeError("--kernels triton: Triton is not installed; --kernels torch needs none")
+            raise ValueError("--kernels triton: Triton is not installed; use --kernels torch")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("--kernels triton: no GPU; TRITON_INTERPRET=1 in front of the command runs it, slowly, on the CPU")
+            raise ValueError("--kernels triton: no GPU; set TRITON_INTERPRET=1 to run the kernels, slowly, on the CPU")
     return choice == "triton"
 
 
-def placed(x, like):
-    """x on the device of `like`; on its way to a GPU nothing waits."""
-    if like.is_cuda and not x.is_cuda:
-        x = x.pin_memory()
-    return x.to(like.device, non_blocking=True)
-
-
 def product(rows, cols):
-    """rows @ cols.T, float32 in full precision whatever the caller has set; oneDNN halves the time on AMD processors."""
+    """rows @ cols.T, in full precision for float32 whatever the caller has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if rows.device.type == "cpu" and rows.dtype == torch.float32 and len(rows) * cols.numel() > ONEDNN_FROM:
             return torch.ops.mkldnn._linear_pointwise(rows, cols, None, "none", [], "")
         return rows @ cols.T
     finally:
@@ -60,7 +55,7 @@ def slices(start, stop, size):
 
 
 def padded(z, multiple):
-    """z with zero columns up to a multiple, contiguous: no mask along D, and loads that may be wide."""
+    """z with zero columns up to a multiple: the kernels then need no mask along D, and loads are wide."""
     return torch.nn.functional.pad(z, (0, -z.shape[1] % multiple)).contiguous()
 
 
@@ -80,20 +75,17 @@ def similarities(x, v, r, c, R, N, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl
     return s
 
 
-# --------------------------------------------------------------------------------- the terms of a pair
+# ---------------------------------------------------------------------------------- terms of a pair
 
 TINY = 1e-12  # under the square root of a distance
-LARGEST_EXPONENT = 70  # e^70 times a million terms is a float32
 HINGE, EXPONENTIAL = 0, 1
 
 
 class Rho(NamedTuple):
-    """What a pair of similarity s adds to the pull and to the push of its row in a metric-learning loss.
+    """What a pair with similarity s adds to the pull (if positive) or the push (if negative) of its row.
 
-        hinge         rho+ = d,                                 rho- = relu(push_base - d),     d = sqrt(max(2 - 2s, TINY))
-        exponential   rho+ = e^{-pull_scale (s - pull_base)},   rho- = e^{push_scale (s - push_base)}
-
-    Exponents are not shifted, so scales are served up to LARGEST_EXPONENT: |s| <= 1 bounds them.
+        hinge         rho+ = d = sqrt(max(2 - 2s, TINY))        rho- = relu(push_base - d)
+        exponential   rho+ = e^{-pull_scale (s - pull_base)}    rho- = e^{push_scale (s - push_base)}
     """
 
     kind: int
@@ -101,10 +93,6 @@ class Rho(NamedTuple):
     pull_base: float = 0.0
     push_scale: float = 0.0
     push_base: float = 0.0
-
-    def is_served(self):
-        largest = max(self.pull_scale * (1 + self.pull_base), self.push_scale * (1 - self.push_base))  # |s| <= 1
-        return self.kind == HINGE or largest <= LARGEST_EXPONENT
 
 
 def terms(s, rho):
@@ -116,18 +104,19 @@ def terms(s, rho):
 
 
 def slopes(s, rho):
-    """Their derivatives by s; 0 for a distance at its smallest."""
+    """Derivatives of rho+ and rho- with respect to s. The slope of a distance at its minimum is 0."""
     if rho.kind == HINGE:
         square = 2 - 2 * s
-        slope = square.clamp_min(TINY).rsqrt_().neg_().mul_(square > TINY)
-        return slope, -slope * (square < max(rho.push_base, 0) ** 2)
+        slope = square.clamp_min(TINY).rsqrt_().mul_(torch.gt(square, TINY, out=torch.empty_like(s)))
+        push = torch.lt(square, max(rho.push_base, 0) ** 2, out=square).mul_(slope)
+        return slope.neg_(), push
     pull, push = terms(s, rho)
     return pull.mul_(-rho.pull_scale), push.mul_(rho.push_scale)
 
 
 @jit
 def term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
-    """`terms`, of a tile."""
+    """`terms` of a tile."""
     if KIND == 0:
         d = tl.sqrt_rn(tl.maximum(2.0 - 2.0 * s, 1e-12))
         return d, tl.maximum(push_base - d, 0.0)
@@ -137,7 +126,7 @@ def term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexp
 
 @jit
 def slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
-    """`slopes`, of a tile."""
+    """`slopes` of a tile."""
     if KIND == 0:
         square = 2.0 - 2.0 * s
         slope = tl.where(square > 1e-12, -1.0 / tl.sqrt_rn(tl.maximum(square, 1e-12)), 0.0)

@@ -1,32 +1,32 @@
-"""Mix pairs of feature maps and pool the result, without ever holding a mixed map.
+"""Mix pairs of feature maps and pool the result, without storing a mixed map.
 
 For bank pair k = (i, j) and channel c, with s running over the h*w positions,
 
     pooled[k,c] = mean_s m[s] + max_s m[s],      m[s] = lam*F[i,c,s] + (1-lam)*F[j,c,s].
 
-The mean commutes with mixing. The maximum does not: it is taken by walking the positions with a running best, the
-first position winning a tie. The backward pass needs no maps: lam*g and (1-lam)*g go to the position of the maximum,
-remembered in a byte, and the mean's share to all positions alike.
+The mean commutes with mixing. The maximum does not: a running maximum walks the positions, and the first position wins
+a tie. Backward needs no maps: lam*g and (1-lam)*g go to the position of the maximum, saved in one byte, and the mean's
+share goes to all positions alike.
 
-Bytes, at e a feature: forward reads e*B*C*S and writes (e+1)*M*C, backward reads the latter once for either image of
-a pair and writes the former. At M = 9,500, C = 2,048, S = 49 and bfloat16 that is 20 and 58 MB; the mixed maps, never
-written, would be 1.9 GB. All arithmetic is in float32, or float64 for float64 features.
+Bytes, with e bytes a feature: forward reads e*B*C*S and writes (e+1)*M*C; backward reads the latter once for each image
+of a pair and writes the former. At M = 9,500, C = 2,048, S = 49 in bfloat16 that is 20 and 58 MB; the mixed maps would
+be 1.9 GB. Arithmetic is float32, or float64 for float64 features.
 
 Shapes: B images, C channels, S = h*w positions, M pairs, K pairs of one chunk.
 """
 
 import torch
 
-from kernels import jit, placed, tl, triton, use_triton
+from kernels import jit, slices, tl, triton, use_triton
+
+CHUNK = 2**17  # values (pairs x channels) at a time on a CPU: five float32 arrays of them stay in a core's L2 cache
 
 # ------------------------------------------------------------------------------------------- PyTorch
 
-CHUNK = 2**17  # values (pairs x channels) at a time; the five float arrays in use then stay in a core's L2 cache
-
 
 def torch_forward(features, i, j, lam):
-    """pooled (M, C), and argmax (M, C) in bytes: the first position of the maximum."""
-    maps = features.flatten(2).permute(2, 0, 1).contiguous().to(_exact(features))  # (S, B, C)
+    """pooled (M, C), and argmax (M, C) as bytes: the first position of the maximum."""
+    maps = features.flatten(2).permute(2, 0, 1).contiguous().to(_compute_type(features))  # (S, B, C)
     mean = maps.mean(0)  # (B, C)
     pooled = features.new_empty(len(i), features.shape[1])  # (M, C)
     argmax = torch.empty(pooled.shape, dtype=torch.uint8, device=features.device)
@@ -41,33 +41,32 @@ def torch_forward(features, i, j, lam):
 def torch_backward(grad, argmax, i, j, lam, shape):
     """The gradient of features (B, C, h, w) from that of pooled (M, C)."""
     B, C, h, w = shape
-    mean_grad = grad.new_zeros(B, C, dtype=_exact(grad))
-    features_grad = grad.new_zeros(h * w, B, C, dtype=_exact(grad))
+    mean_grad = grad.new_zeros(B, C, dtype=_compute_type(grad))
+    features_grad = grad.new_zeros(h * w, B, C, dtype=_compute_type(grad))
     flat, channel = features_grad.view(-1), torch.arange(C, device=grad.device)
     for k in _chunks(grad):
         place = argmax[k].long() * (B * C) + channel  # (K, C)
         for image, weight in ((i[k], lam), (j[k], 1 - lam)):
-            share = weight * grad[k].to(_exact(grad))  # (K, C)
+            share = weight * grad[k].to(_compute_type(grad))  # (K, C)
             mean_grad.index_add_(0, image, share)
             flat.scatter_add_(0, (place + image[:, None] * C).view(-1), share.view(-1))
     features_grad += mean_grad / (h * w)
     return features_grad.to(grad.dtype).permute(1, 2, 0).unflatten(2, (h, w))
 
 
-def _exact(x):
-    """The type to compute in: bfloat16 would tie what differs, and lose the small of many shares."""
+def _compute_type(x):
+    """At least float32: in bfloat16 different maxima would tie, and sums of many small shares would lose them."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _chunks(rows):
-    step = max(1, CHUNK // rows.shape[1])
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+    return slices(0, len(rows), max(1, CHUNK // rows.shape[1]))
 
 
 def _max_of_sum(first, second, i, j):
     """max_s first[s,i] + second[s,j] and the first s that attains it, both (K, C).
 
-    All in floating point, positions too: a float compare-and-keep runs many times faster on a CPU than a masked write.
+    Positions are floats too: on a CPU a float compare-and-keep is many times faster than a masked write.
     """
     largest = first[0, i] + second[0, j]  # (K, C)
     position = torch.zeros_like(largest)
@@ -83,27 +82,27 @@ def _max_of_sum(first, second, i, j):
 
 # -------------------------------------------------------------------------------------------- Triton
 
-# Chosen from the resource reports of tests/aot.py and counts of instructions (sm_90), not timed on a GPU.
-FORWARD = dict(BI=8, BJ=8, BC=64)  # with 4 warps 32 values a thread, in 128 registers
+# Block sizes by the reports of tests/aot.py and instruction counts (sm_90); not timed on a GPU.
+FORWARD = dict(BI=8, BJ=8, BC=64)  # with 4 warps: 32 values a thread, in 128 registers
 
 
 def _backward_blocks(S):
     BS = triton.next_power_of_2(S)
-    return dict(BS=BS, BC=min(128, 8192 // BS))  # with 4 warps up to 64 values a thread, in 100 to 155 registers
+    return dict(BS=BS, BC=min(128, 8192 // BS))  # with 4 warps: at most 64 values a thread, in 100 to 155 registers
 
 
 def _warps(C):
-    return 4 if C % 16 == 0 else 8  # rows that vectors do not fit take an address a channel: spread or spilled
+    return 4 if C % 16 == 0 else 8  # unaligned rows need one address per channel: 8 warps spread them, 4 would spill
 
 
 @jit
 def _forward(
     maps, order, start, pooled, argmax, lam, rest, B, S, C, BI: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr
 ):
-    # A program owns all pairs of BI first with BJ second images, in BC channels. The list is nearly the full grid of
-    # images, and a block reads (1/BI + 1/BJ) features a value where a program a pair would read 2: at the sizes above
+    # A program owns all pairs of BI first images with BJ second images, in BC channels. The bank is nearly the full grid
+    # of images, so a block reads (1/BI + 1/BJ) features a value where a program a pair would read 2: at the sizes above
     # 0.5 GB from the L2 cache, which holds the maps, instead of 3.8. order[start[i*B+j] : start[i*B+j+1]] are the rows
-    # of pair (i, j): one as a rule, but lists may leave pairs out or repeat them.
+    # of pair (i, j): usually one, but a list may omit or repeat pairs.
     across = tl.cdiv(B, BJ)
     i = tl.program_id(0) // across * BI + tl.arange(0, BI)
     j = tl.program_id(0) % across * BJ + tl.arange(0, BJ)
@@ -136,10 +135,10 @@ def _forward(
 
     value = largest + (sum_i / S)[:, None, :] + (sum_j / S)[None, :, :]
     for n in range(most):
-        there = n < count
-        row = tl.load(order + begin + n, mask=there, other=0).to(tl.int64)
+        valid = n < count
+        row = tl.load(order + begin + n, mask=valid, other=0).to(tl.int64)
         place = row[:, :, None] * C + c[None, None, :]
-        real = there[:, :, None] & (c < C)[None, None, :]
+        real = valid[:, :, None] & (c < C)[None, None, :]
         tl.store(pooled + place, value, mask=real)
         tl.store(argmax + place, position, mask=real)
 
@@ -147,22 +146,22 @@ def _forward(
 def triton_forward(features, i, j, lam):
     """As torch_forward."""
     B, C, h, w = features.shape
-    # Channels last, as the trunk makes them on a GPU; others are copied, for less than strided reads would cost.
+    # Channels last, as the trunk computes them on a GPU. Other layouts are copied: cheaper than strided reads.
     maps = features.flatten(2).permute(0, 2, 1).contiguous()  # (B, S, C)
     pooled = features.new_empty(len(i), C)
     argmax = torch.empty(pooled.shape, dtype=torch.uint8, device=features.device)
     order, start = _grouped(i * B + j, B * B)
     grid = (triton.cdiv(B, FORWARD["BI"]) * triton.cdiv(B, FORWARD["BJ"]), triton.cdiv(C, FORWARD["BC"]))
-    options = dict(num_warps=_warps(C), enable_fp_fusion=False)  # unfused, as PyTorch rounds: the same position wins
+    options = dict(num_warps=_warps(C), enable_fp_fusion=False)  # rounds as PyTorch does: the same position wins
     _forward[grid](maps, order, start, pooled, argmax, lam, 1 - lam, B, h * w, C, **FORWARD, **options)
     return pooled, argmax
 
 
 @jit
 def _backward(grad, argmax, order, start, maps_grad, lam, rest, M, S, C, BS: tl.constexpr, BC: tl.constexpr):
-    # A program owns the gradient of one image's map in BC channels, at all positions, and walks the pairs that the
-    # image is part of, always in the same order: order[start[b] : start[b+1]], k if it is first in pair k, M + k if
-    # second. With w_k = lam or 1-lam,
+    # A program owns the gradient of one image's map in BC channels, at all positions. It walks the image's pairs in a
+    # fixed order, order[start[b] : start[b+1]]: k if the image is first in pair k, M + k if second. With w_k = lam or
+    # 1-lam,
     #     d loss / d F[b,c,s] = sum_k w_k g[k,c] ([s = argmax[k,c]] + 1/S).
     b = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -174,7 +173,7 @@ def _backward(grad, argmax, order, start, maps_grad, lam, rest, M, S, C, BS: tl.
         k = tl.where(entry < M, entry, entry - M).to(tl.int64)
         g = tl.where(entry < M, lam, rest) * tl.load(grad + k * C + c, mask=c < C, other=0).to(tl.float32)
         position = tl.load(argmax + k * C + c, mask=c < C, other=0)
-        # A choice of sums, not a sum of choices: an addition under a predicate, an instruction less a value.
+        # Select between sums rather than add a selection: one instruction less a value.
         at_max = tl.where(s[:, None] == position[None, :], at_max + g[None, :], at_max)
         total += g
     place = (b.to(tl.int64) * S + s[:, None]) * C + c[None, :]
@@ -193,9 +192,9 @@ def triton_backward(grad, argmax, i, j, lam, shape):
 
 
 def _grouped(key, groups):
-    """The order that sorts the keys, and where the run of each key in 0 .. groups-1 begins and the last one ends.
+    """The order that sorts the keys, and where the run of each key in 0 .. groups-1 starts and the last one ends.
 
-    In int32, for a fourth program at a time on a multiprocessor: there are fewer than 2**30 pairs.
+    int32 (there are fewer than 2**30 pairs) leaves registers for a fourth program per multiprocessor.
     """
     key, order = key.sort(stable=True)
     return order.int(), torch.searchsorted(key, torch.arange(groups + 1, device=key.device), out_int32=True)
@@ -207,43 +206,30 @@ def _grouped(key, groups):
 class _MixPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, i, j, lam):
-        pooled, argmax = (triton_forward if _by_triton(features) else torch_forward)(features, i, j, lam)
+        pooled, argmax = (triton_forward if _runs_triton(features) else torch_forward)(features, i, j, lam)
         ctx.save_for_backward(i, j, argmax)
         ctx.lam, ctx.shape = lam, features.shape
         return pooled
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         i, j, argmax = ctx.saved_tensors
-        backward = triton_backward if _by_triton(grad) else torch_backward
+        backward = triton_backward if _runs_triton(grad) else torch_backward
         return backward(grad, argmax, i, j, ctx.lam, ctx.shape), None, None, None
 
 
-def _by_triton(x):
-    return use_triton(x) and x.dtype != torch.float64  # which the kernels would round
+def _runs_triton(x):
+    return use_triton(x) and x.dtype != torch.float64  # the kernels would round it
 
 
 def mix_pool(features, i, j, lam):
     """Pooled mixes of feature maps: (average + max pool)(lam*features[i] + (1-lam)*features[j]).
 
-    features: (B, C, h, w), at most 256 positions; i, j: int64 (M,), perhaps on the CPU; lam: float. Returns (M, C).
-    Differentiable in features; a tied maximum gives its gradient to the first position, as `max(dim)` does.
+    features: (B, C, h, w), at most 256 positions; i, j: int64 (M,); lam: float. Returns (M, C).
+    Differentiable in features. A tied maximum gives its gradient to the first position, as `max(dim)` does.
     """
     if features.shape[2:].numel() > 256:
         raise ValueError(f"feature maps of {tuple(features.shape[2:])} have more than 256 positions")
-    return _MixPool.apply(features, placed(i, features), placed(j, features), lam)
+    return _MixPool.apply(features, i, j, lam)
 
-
-def ahead_of_time():
-    """What tests/aot.py compiles: multiples of 16 channels and any number, half and full precision."""
-    cases = []
-    for kind, C in (("*bf16", 16), ("*fp16", 16), ("*fp32", 16), ("*fp32", 1)):
-        shared = dict(argmax="*u8", order="*i32", start="*i32", lam="fp32", rest="fp32", S="i32", C="i32")
-        plain = ("B", "M", "S") if C % 16 == 0 else ("B", "M", "S", "C")
-        usual = dict(plain=plain, num_warps=_warps(C), num_stages=3, fp_fusion=False)
-        types = dict(maps=kind, pooled=kind, B="i32", **shared)
-        cases.append(dict(kernel=_forward, types=types, constants=FORWARD, **usual))
-        types = dict(grad=kind, maps_grad=kind, M="i32", **shared)
-        for S in (49, 256):
-            cases.append(dict(kernel=_backward, types=types, constants=_backward_blocks(S), **usual))
-    return cases

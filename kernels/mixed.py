@@ -1,29 +1,28 @@
 """The mixed loss of embed mode from Gram matrices: sums over triplets (anchor a, positive part p, negative part n).
 
-With W = anchors z^T (A, B) and S = z z^T (B, B) the mixed example of p and n has, without being built, the similarity
+With W = anchors z^T (A, B) and S = z z^T (B, B), the mixed example of p and n has the similarity
 
     m = (lam W[a,p] + (1-lam) W[a,n]) / L[p,n],      L = sqrt(max(lam^2 + (1-lam)^2 + 2 lam (1-lam) S[p,n], TINY))
 
-to anchor a. An anchor's sums run over the p that serve it and all n of another class than p:
+to anchor a, so no mixed example is ever built. An anchor sums over its p and all n of another class than p:
 
     pull[a] = sum of rho+(m)        push[a] = sum of rho-(m)                      Rho in kernels/__init__.py
 
-With g = pull_grad[a] rho+'(m) + push_grad[a] rho-'(m) the gradients are sums of
+Backward, with g = pull_grad[a] rho+'(m) + push_grad[a] rho-'(m):
 
-    dW[a,p] += g lam / L        dW[a,n] += g (1-lam) / L        dS[p,n] -= g m lam (1-lam) / L^2   (0 where L is clamped)
+    dW[a,p] += g lam / L        dW[a,n] += g (1-lam) / L        dS[p,n] -= g m lam (1-lam) / L^2  (0 if L is clamped)
 
-so a program owns a row of dW (p and n never meet there: they differ in class) or of dS: no atomics, the same bits every
-time. Bytes moved: two rows of B floats a pair (a, p), from cache; nothing of the size of the triplets is written.
+A program owns a row of dW (p and n never collide there: they differ in class) or of dS: no atomics, the same bits every
+run. Bytes moved: two rows of B floats per pair (a, p), from cache. Nothing of the size of the triplets is written.
 
-Shapes: A anchors, B examples, R pairs (a, p) of an anchor and what serves it.
+Shapes: A anchors, B examples, R pairs of an anchor and a positive part.
 """
 
 import torch
 
-from kernels import EXPONENTIAL, HINGE, TINY, jit, slope_tile, slopes, term_tile, terms, tl, use_triton
+from kernels import TINY, jit, slices, slope_tile, slopes, term_tile, terms, tl, use_triton
 
-CHUNK = 2**14  # triplets at a time on the CPU: its dozen arrays take 0.75 MiB, and stay in a core's L2 cache
-
+CHUNK = 2**14  # triplets at a time on a CPU: a dozen float32 arrays of them, 0.75 MiB, stay in a core's L2 cache
 
 # ------------------------------------------------------------------------------ PyTorch, by pairs (a, p)
 
@@ -36,8 +35,7 @@ def _mixed(W, S, a, p, lam):
 
 
 def _chunks(a, width):
-    step = max(1, CHUNK // max(width, 1))
-    return [slice(start, start + step) for start in range(0, len(a), step)]
+    return slices(0, len(a), max(1, CHUNK // max(width, 1)))
 
 
 def _torch_sums(W, S, y, a, p, lam, rho):
@@ -80,7 +78,7 @@ def _sums(
     W, S, y, start, partner, sums, A, B, lam, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # A program owns anchor a: it walks the p that serve it, and for each the row of all n.
+    # A program owns anchor a. It walks its p, and for each the row of all n.
     a = tl.program_id(0)
     pull_sum, push_sum = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     pulled, pushed = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
@@ -111,7 +109,7 @@ def _row_gradient(
     W, S, y, start, partner, grad, out, A, B, lam, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, OF_S: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BN elements of a row: dW[a, n], summed over the p that serve a; or dS[p, n], over the a that p serves.
+    # A program owns BN elements of a row: dW[a, n], summed over the p of a; or dS[p, n], summed over the a of p.
     row = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     label = tl.load(y + n, mask=n < B, other=0)
@@ -140,7 +138,7 @@ def _pair_gradient(
     W, S, y, anchor, partner, grad, out, A, B, lam, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # A program owns one element dW[a, p]: it adds it up over all n.
+    # A program owns one element dW[a, p], a sum over all n.
     a, p = tl.load(anchor + tl.program_id(0)), tl.load(partner + tl.program_id(0))
     to_p, label = tl.load(W + a * B + p), tl.load(y + p)
     pull_grad, push_grad = tl.load(grad + a), tl.load(grad + A + a)
@@ -155,7 +153,7 @@ def _pair_gradient(
     tl.store(out + a * B + p, lam * tl.sum(total))
 
 
-BN, WARPS = 256, 4  # by the ahead-of-time reports; not timed
+BN, WARPS = 256, 4  # no spills by tests/aot.py; not timed on a GPU
 
 
 def _lists(owner, partner, owners):
@@ -167,21 +165,23 @@ def _lists(owner, partner, owners):
 
 def _triton_sums(W, S, y, a, p, lam, rho):
     sums = torch.empty(4, len(W), dtype=torch.float32, device=W.device)
-    _sums[(len(W),)](W, S, y, *_lists(a, p, len(W)), sums, *W.shape, lam, *rho[1:], KIND=rho.kind, BN=BN, num_warps=WARPS)
+    arguments = (W, S, y, *_lists(a, p, len(W)), sums, *W.shape, lam, *rho[1:])
+    _sums[(len(W),)](*arguments, KIND=rho.kind, BN=BN, num_warps=WARPS)
     return sums
 
 
 def _triton_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
     dW, dS, grad = torch.empty_like(W), torch.empty_like(S), torch.stack([pull_grad, push_grad]).float()
-    blocks = -(-W.shape[1] // BN)
-    common = (*W.shape, lam, *rho[1:])
+    blocks, common = -(-W.shape[1] // BN), (*W.shape, lam, *rho[1:])
+    options = dict(KIND=rho.kind, BN=BN, num_warps=WARPS)
     for out, lists, of_s in ((dW, _lists(a, p, len(W)), False), (dS, _lists(p, a, len(S)), True)):
-        _row_gradient[(len(out), blocks)](W, S, y, *lists, grad, out, *common, KIND=rho.kind, OF_S=of_s, BN=BN, num_warps=WARPS)
-    _pair_gradient[(len(a),)](W, S, y, a, p, grad, dW, *common, KIND=rho.kind, BN=BN, num_warps=WARPS)
+        _row_gradient[(len(out), blocks)](W, S, y, *lists, grad, out, *common, OF_S=of_s, **options)
+    if len(a):
+        _pair_gradient[(len(a),)](W, S, y, a, p, grad, dW, *common, **options)
     return dW, dS
 
 
-# -------------------------------------------------------------------------------------------- in public
+# ---------------------------------------------------------------------------------------------- both
 
 
 class _EmbedSums(torch.autograd.Function):
@@ -196,32 +196,17 @@ class _EmbedSums(torch.autograd.Function):
         return pull, push, pulled, pushed
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, pull_grad, push_grad, *_):
         gradients = _triton_gradients if ctx.triton else _torch_gradients
         return *gradients(*ctx.saved_tensors, *ctx.rest, pull_grad, push_grad), None, None, None, None, None
 
 
 def embed_sums(W, S, y, a, p, lam, rho):
-    """The sums at the top of the file: pull, push, and how many terms of each were not zero, (A,) each.
+    """The sums at the top of the file: pull, push, and how many terms of each are not zero, (A,) each.
 
-    W: (A, B) and S: (B, B), float32 (or float64, by the PyTorch form alone); y: (B,) integers; a, p: int64 (R,), the
-    pairs of an anchor and what serves it; lam in [0, 1]; rho: Rho. Differentiable in W and S.
+    W: (A, B) and S: (B, B), float32, or float64 by the PyTorch form only. y: (B,) integers. a, p: int64 (R,), the pairs
+    of an anchor and a positive part. lam in [0, 1]. Differentiable in W and S.
     """
-    if not len(a):
-        empty = W.new_zeros(len(W))
-        return empty + 0 * W.sum(), empty + 0 * S.sum(), empty, empty
-    return _EmbedSums.apply(W.contiguous(), S.contiguous(), y.contiguous(), a.contiguous(), p.contiguous(), float(lam), rho)
+    return _EmbedSums.apply(W.contiguous(), S.contiguous(), y, a.contiguous(), p.contiguous(), float(lam), rho)
 
-
-def ahead_of_time():
-    """What tests/aot.py compiles: every kernel, as it is launched."""
-    types = dict.fromkeys(["W", "S", "sums", "grad", "out"], "*fp32") | dict.fromkeys(["A", "B"], "i32")
-    types |= dict.fromkeys(["y", "start", "partner", "anchor"], "*i64")
-    types |= dict.fromkeys(["lam", "pull_scale", "pull_base", "push_scale", "push_base"], "fp32")
-    cases = []
-    for KIND in (HINGE, EXPONENTIAL):
-        for kernel, more in ((_sums, {}), (_row_gradient, dict(OF_S=False)), (_row_gradient, dict(OF_S=True)), (_pair_gradient, {})):
-            constants = dict(KIND=KIND, BN=BN) | more
-            used = {name: types[name] for name in kernel.arg_names if name not in constants}
-            cases.append(dict(kernel=kernel, types=used, constants=constants, num_warps=WARPS, num_stages=3, plain="AB"))
-    return cases
