@@ -56,7 +56,8 @@ def step(model, metric, images, y, config, lam, pairing):
         i, j = losses.hardest_bank(z, y, pairing, config.hardest)  # (M,)
         if len(i):
             images, a, b = gather(images), shard(i), shard(j)
-            v = model.head(gather(model.features(lam * images[a] + (1 - lam) * images[b])))  # (M, D)
+            with models.keep_statistics(model):  # mixed images are not test images
+                v = model.head(gather(model.features(lam * images[a] + (1 - lam) * images[b])))  # (M, D)
             loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
     return loss
 

@@ -14,6 +14,7 @@ With frozen statistics, batch norm is an affine map per channel. Folding it into
 gives the same values and gradients with one elementwise pass and one saved activation fewer.
 """
 
+import contextlib
 import os
 
 import torch
@@ -81,7 +82,7 @@ class ResNet(nn.Module):
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # at least float32
 
     def norms(self):
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # or SyncBN
 
     def train_trunk(self, on):
         """Train the layers below the embedding layer or not. If not, autograd keeps no graph for them."""
@@ -98,6 +99,16 @@ class ResNet(nn.Module):
             for norm in self.norms():
                 norm.eval()  # frozen statistics, also in training
         return self
+
+
+@contextlib.contextmanager
+def keep_statistics(model):
+    """Batch norm in training mode normalises by its own batch, but leaves its running statistics as they are."""
+    for norm in model.norms():
+        norm.track_running_stats = False
+    yield
+    for norm in model.norms():
+        norm.track_running_stats = True
 
 
 class Bottleneck(nn.Module):

@@ -35,14 +35,15 @@ case ${1:-} in
     bench)
         PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m kernels.bench "${@:2}" ;;
     all)
-        dataset=${2:?"all needs a data set"} seeds=1 runs=()
-        shift 2
-        if [[ ${1:-} == --seeds ]]; then seeds=$2; shift 2; fi
+        dataset=${2:?"all needs a data set"} seeds=1 flags=() runs=()
+        for ((n = 3; n <= $#; n++)); do
+            if [[ ${!n} == --seeds ]]; then n=$((n + 1)); seeds=${!n}; else flags+=("${!n}"); fi
+        done
         for ((seed = 0; seed < seeds; seed++)); do
             for loss in contrastive multisimilarity proxyanchor; do
                 for mode in baseline input feature embed; do
                     runs+=("runs/$dataset-$loss-$mode-seed$seed")
-                    PYTHON=$python "$here/run.sh" "$dataset" $loss $mode --seed $seed --out "${runs[-1]}" "$@"
+                    PYTHON=$python "$here/run.sh" "$dataset" $loss $mode --seed $seed --out "${runs[-1]}" "${flags[@]}"
                 done
             done
         done
