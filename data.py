@@ -364,11 +364,12 @@ class TrainBatches:
     images_per_class = 0: all images in random order; the incomplete last batch is dropped.
     images_per_class > 0: each batch has batch_size / images_per_class classes, sampled without replacement, with this
     many images each. Images are repeated only if their class has too few.
-    Either way an epoch has N // batch_size batches.
+    Either way an epoch has N // batch_size batches. shard: the slice of each batch to yield, one per process.
     """
 
-    def __init__(self, labels, batch_size, images_per_class, seed):
-        self.batch_size, self.images_per_class, self.seed, self.epoch = batch_size, images_per_class, seed, 0
+    def __init__(self, labels, batch_size, images_per_class, seed, shard=slice(None)):
+        self.batch_size, self.images_per_class, self.shard = batch_size, images_per_class, shard
+        self.seed, self.epoch = seed, 0
         labels = np.asarray(labels)
         self.members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
         self.num_images = len(labels)
@@ -387,7 +388,7 @@ class TrainBatches:
         rng = np.random.default_rng((self.seed, self.epoch))
         for batch in self.balanced(rng) if self.images_per_class else self.shuffled(rng):
             seeds = rng.integers(2**63, size=len(batch))
-            yield list(zip(batch.tolist(), seeds.tolist()))
+            yield list(zip(batch.tolist(), seeds.tolist()))[self.shard]
 
     def shuffled(self, rng):
         order = rng.permutation(self.num_images)

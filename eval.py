@@ -197,7 +197,8 @@ CELL, TITLE = 80, 20  # pixels
 
 
 def retrieval_sheet(
-    file, rank, query, query_paths, query_labels, gallery=None, gallery_paths=None, gallery_labels=None, open_image=Image.open
+    file, rank, query, query_paths, query_labels,
+    gallery=None, gallery_paths=None, gallery_labels=None, open_image=Image.open,
 ):  # fmt: skip
     """Write a PNG: rows of a query and its nearest neighbours, right ones framed green, wrong ones red.
 
@@ -271,7 +272,7 @@ def read_run(directory):
 
 
 def compare(runs):
-    """Print a table of [(config, last log line)]: mean +- standard error over seeds, and gains over baseline by seed."""
+    """Print a table of [(config, last log line)]: mean +- standard error over seeds, and gains paired by seed."""
     cells = {}  # (dataset, loss): {mode: {seed: last line}}
     for config, last in runs:
         modes = cells.setdefault((config["dataset"], config["loss"]), {})

@@ -108,14 +108,8 @@ LOSSES = {  # name: (number of classes, embedding size) -> loss
     "multisimilarity": lambda *_: losses.MultiSimilarity(),
     "proxyanchor": losses.ProxyAnchor,
 }
-RECALL_AT = {
-    "cub": (1, 2, 4, 8, 16, 32),
-    "cars": (1, 2, 4, 8, 16, 32),
-    "sop": (1, 10, 100, 1000),
-    "inshop": (1, 10, 20, 30, 40, 50),
-    "folder": (1, 2, 4, 8),
-    "toy": (1, 2, 4, 8),
-}
+RECALL_AT = dict.fromkeys(("cub", "cars"), (1, 2, 4, 8, 16, 32)) | dict.fromkeys(("folder", "toy"), (1, 2, 4, 8))
+RECALL_AT |= dict(sop=(1, 10, 100, 1000), inshop=(1, 10, 20, 30, 40, 50))
 
 
 @dataclasses.dataclass
@@ -226,7 +220,7 @@ def check(config):
         if getattr(config, name) < 1:
             raise ValueError(f"{flag(name)} must be at least 1")
     if per_class and (size < 2 * per_class or size % per_class):
-        raise ValueError(f"--batch-size {size} must be a multiple of --images-per-class {per_class}, two classes or more")
+        raise ValueError(f"--batch-size {size} must be a multiple of --images-per-class {per_class}, at least twice it")
     if size % world_size():
         raise ValueError(f"--batch-size {size} must be a multiple of the {world_size()} processes")
     if config.weights == "imagenet" and config.net != "resnet50":
@@ -259,7 +253,8 @@ def run(config):
     describe(config)
     splits = data.load(config.dataset, config.data_root, config.validation)
     describe_data(config, splits)
-    batches = data.TrainBatches(splits.train.labels, config.batch_size, config.images_per_class, config.seed)
+    size, per_class = config.batch_size, config.images_per_class
+    batches = data.TrainBatches(splits.train.labels, size, per_class, config.seed, shard=bounds(size))
     torch.manual_seed(config.seed)
     model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
     models.load_weights(model, config.weights)
@@ -270,7 +265,7 @@ def run(config):
     optimizer = make_optimizer(model, metric, config)
     log = open_run(config, splits, model, metric, optimizer)
 
-    loader = data.train_loader(splits.train, Shards(batches), config.image_size, config.min_crop, config.num_workers)
+    loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
     test_loaders = [test_loader(split, config) for split in splits[1:]]  # test, or query and gallery
     train_images, test_images = len(batches) * config.batch_size, sum(map(len, splits[1:]))
     progress = Progress((config.epochs - len(log)) * (train_images + test_images), config.device)
@@ -317,7 +312,8 @@ def measure(embedded, dataset, train=None):
     result["recall"] = {str(k): share for k, share in result["recall"].items()}  # as in JSON
     if everything:
         z, y = (torch.cat(parts) for parts in zip(*embedded))
-        result |= dict(alignment=eval.alignment(z, y), uniformity=eval.uniformity(z), utilization=eval.utilization(z, train))
+        result |= dict(alignment=eval.alignment(z, y), uniformity=eval.uniformity(z))
+        result |= dict(utilization=eval.utilization(z, train))
     return result, ranking
 
 
@@ -371,7 +367,7 @@ def open_run(config, splits, model, metric, optimizer):
         for module, name in ((model, "model"), (metric, "metric"), (optimizer, "optimizer")):
             module.load_state_dict(state[name])
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{config.out}/last.pt: not a checkpoint of this run; delete it, or use another --out") from error
+        raise ValueError(f"{config.out}/last.pt: not a checkpoint of this run; use another --out") from error
     print(f"  resumes after epoch {state['epoch']}")
     return state["log"]
 
@@ -415,7 +411,7 @@ def write_sheet(out, ranking, embedded, splits):
 
 # ----------------------------------------------------------------------------------- several processes
 
-# torchrun starts one process (rank) per GPU. All draw the same batches, lam and pairing; each loads and embeds its shard.
+# torchrun starts a process (rank) per GPU. All draw the same batches, lam and pairing; each embeds its shard of images.
 
 
 def rank():
@@ -446,19 +442,6 @@ def shard(x):
     return x[bounds(len(x))]
 
 
-class Shards:
-    """This rank's part of each batch."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return map(shard, self.batches)
-
-
 def gather(x):
     """The rows of all ranks in rank order. Differentiable. Shards may differ in length."""
     if world_size() == 1:
@@ -483,7 +466,7 @@ def average_gradients(parameters):
 
 
 class Progress:
-    """Moves batches to the device, and prints images/s and the time left: in place on a terminal, else once a minute."""
+    """Moves batches to the device and prints images/s and time left: in place on a terminal, else once a minute."""
 
     def __init__(self, images, device):
         self.images, self.device, self.done, self.start = images, device, 0, time.perf_counter()
@@ -512,10 +495,10 @@ class Progress:
 
 def describe(config):
     """The recipe, and what flags changed of it."""
-    settings = recipe(config.dataset, config.loss, config.mode)
-    defaults = vars(Config()) | settings
+    defaults = vars(Config()) | recipe(config.dataset, config.loss, config.mode)
     names = [name for name in defaults if name not in (*RESUMABLE_WITH_ANOTHER, "dataset", "loss", "mode")]
-    changed = [f"{name} {getattr(config, name)} ({defaults[name]})" for name in names if getattr(config, name) != defaults[name]]
+    changed = [name for name in names if getattr(config, name) != defaults[name]]
+    changed = [f"{name} {getattr(config, name)} ({defaults[name]})" for name in changed]
     print(f"{config.dataset} {config.loss} {config.mode} on {config.device}, writes {config.out}")
     print("  recipe   " + ", ".join(f"{name} {getattr(config, name)}" for name in names))
     print("  changed  " + (", ".join(changed) or "nothing: the recipe as it is"))
@@ -529,7 +512,7 @@ def describe_data(config, splits):
         print(f"           {lone} queries have no other image of their class and are left out")
     full, found = data.FULL.get(config.dataset), data.sizes(splits)
     if full and full != found and not config.validation:
-        print(f"WARNING: not the full {config.dataset} data set ({full}): results are not comparable with published ones")
+        print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
 
 
 def report(config, log):

@@ -163,7 +163,8 @@ def load_weights(model, weights):
     wrong = sorted(own.keys() - optional - state.keys()) + sorted(state.keys() - own.keys())
     wrong += [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
     if wrong:
-        raise ValueError(f"{weights}: {len(wrong)} tensors do not fit ({wrong[0]}, ..); check --net and --embedding-size")
+        reason = f"{len(wrong)} tensors do not fit this net ({wrong[0]}, ..)"
+        raise ValueError(f"{weights}: {reason}; check --net and --embedding-size")
     model.load_state_dict(own | state)
 
 

@@ -99,8 +99,8 @@ def _warps(C):
 def _forward(
     maps, order, start, pooled, argmax, lam, rest, B, S, C, BI: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr
 ):
-    # A program owns all pairs of BI first images with BJ second images, in BC channels. The bank is nearly the full grid
-    # of images, so a block reads (1/BI + 1/BJ) features a value where a program a pair would read 2: at the sizes above
+    # A program owns all pairs of BI first images with BJ second images, in BC channels. The bank is nearly the full
+    # grid of images, so a block reads (1/BI + 1/BJ) features a value where a program a pair would read 2: at the sizes above
     # 0.5 GB from the L2 cache, which holds the maps, instead of 3.8. order[start[i*B+j] : start[i*B+j+1]] are the rows
     # of pair (i, j): usually one, but a list may omit or repeat pairs.
     across = tl.cdiv(B, BJ)

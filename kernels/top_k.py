@@ -3,9 +3,9 @@
 There is no Triton form. At N = 60,502, D = 512 in float32 the product takes 62 ms on an H200's arithmetic alone, and
 writing and reading the similarities once 7 ms: a kernel that never writes them could not gain more than a tenth.
 
-Selection has two stages. The gallery is cut into groups of g neighbouring items. The k nearest items lie in the k groups
-with the highest maxima, since every better group holds a better item. So: the maximum of each group, the k best groups,
-and the k best of their k*g items. g near sqrt(G / k) keeps both stages small.
+Selection has two stages. The gallery is cut into groups of g neighbouring items. The k nearest items lie in the k
+groups with the highest maxima, since every better group holds a better item. So: the maximum of each group, the k best
+groups, and the k best of their k*g items. g near sqrt(G / k) keeps both stages small.
 
 Shapes: Q queries, G gallery items, D embedding size.
 """
