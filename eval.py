@@ -78,7 +78,7 @@ def per_query(query, query_labels, gallery=None, gallery_labels=None, everything
         if query.shape[1] != gallery.shape[1]:
             raise ValueError(f"queries have {query.shape[1]} columns, the gallery {gallery.shape[1]}")
     arguments = (query, query_labels, gallery, gallery_labels, shard)
-    return Ranking(ranks(*arguments), *(_precisions(*arguments) if everything else ()))
+    return _rank_from_rows(*arguments) if everything else Ranking(ranks(*arguments))
 
 
 def _checked(name, z, y):
@@ -93,27 +93,31 @@ def _checked(name, z, y):
     return z, y.to(z.device, torch.int64)
 
 
-def _precisions(query, query_labels, gallery, gallery_labels, shard):
-    """Average precision and R-precision (Q,), float64, from the R nearest items of each query."""
+def _rank_from_rows(query, query_labels, gallery, gallery_labels, shard):
+    """The whole Ranking from rows of similarities: a count as in kernels/recall.py, and the R nearest items."""
     s = by_label(query, query_labels, gallery, gallery_labels, shard)
     first, last = (torch.searchsorted(s.gallery_labels, s.query_labels, right=right) for right in (False, True))
     size = last - first - (s.own >= 0).long()  # (Q,), R of each query
-    result = torch.zeros(2, len(size), dtype=torch.float64, device=size.device)
+    rank = torch.full_like(size, -1)
+    precision = torch.full((2, len(size)), torch.nan, dtype=torch.float64, device=size.device)
     for rows in slices(0, len(size), max(1, HELD // len(s.gallery))):
-        sim, labels = product(s.query[rows], s.gallery), s.query_labels[rows]
-        band = slice(int(first[rows][0]), int(last[rows][-1]))  # holds all items of these classes
-        sim[:, band] -= TIE * (labels[:, None] == s.gallery_labels[band])  # at a tie other classes come first
-        if s.own[rows][0] >= 0:
+        R, labels, at = size[rows, None], s.query_labels[rows], s.order[rows]
+        if not R.any():
+            continue  # lone queries
+        sim = product(s.query[rows], s.gallery)
+        if gallery is None:
             sim.scatter_(1, s.own[rows, None], -torch.inf)
-        k = int(size[rows].max())
-        if k:
-            r = torch.arange(1, k + 1, device=size.device)
-            nearest = s.gallery_labels[select(sim, k)[1]]  # (rows, k)
-            hit = ((nearest == labels[:, None]) & (r <= size[rows, None])).double()
-            at = s.order[rows]
-            result[0, at] = (hit * hit.cumsum(1) / r).sum(1) / size[rows]
-            result[1, at] = hit.sum(1) / size[rows]
-    return result.index_fill_(1, s.order[size == 0], torch.nan).unbind()
+        band = slice(int(first[rows][0]), int(last[rows][-1]))  # holds all items of these classes
+        same = labels[:, None] == s.gallery_labels[band]
+        sim[:, band] -= TIE * same  # at a tie other classes come first
+        best = sim[:, band].masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+        above = torch.ge(sim, best, out=torch.empty_like(sim)).sum(1) - (same & (sim[:, band] >= best)).sum(1)
+        rank[at] = above.long().masked_fill(R[:, 0] == 0, -1)
+        r = torch.arange(1, int(R.max()) + 1, device=size.device)
+        nearest = s.gallery_labels[select(sim, len(r))[1]]  # (rows, largest R)
+        hit = ((nearest == labels[:, None]) & (r <= R)).double()
+        precision[:, at] = torch.stack([(hit * hit.cumsum(1) / r).sum(1), hit.sum(1)]) / R.T
+    return Ranking(rank, *precision)
 
 
 def summary(ranking, ks=()):

@@ -96,22 +96,29 @@ class Rho(NamedTuple):
 
 
 def terms(s, rho):
-    """rho+ and rho- of similarities."""
+    """rho+ and rho- of similarities (R, N), stacked: (2, R, N)."""
+    both = s.new_empty(2, *s.shape)
     if rho.kind == HINGE:
-        d = (2 - 2 * s).clamp_min_(TINY).sqrt_()
-        return d, (rho.push_base - d).clamp_min_(0)
-    return (-rho.pull_scale * (s - rho.pull_base)).exp_(), (rho.push_scale * (s - rho.push_base)).exp_()
+        torch.mul(s, -2, out=both[0]).add_(2).clamp_min_(TINY).sqrt_()
+        torch.sub(rho.push_base, both[0], out=both[1]).clamp_min_(0)
+        return both
+    torch.sub(s, rho.pull_base, out=both[0]).mul_(-rho.pull_scale)
+    torch.sub(s, rho.push_base, out=both[1]).mul_(rho.push_scale)
+    return both.exp_()
 
 
 def slopes(s, rho):
-    """Derivatives of rho+ and rho- with respect to s. The slope of a distance at its minimum is 0."""
+    """Derivatives of `terms` with respect to s. The slope of a distance at its minimum is 0."""
     if rho.kind == HINGE:
-        square = 2 - 2 * s
-        slope = square.clamp_min(TINY).rsqrt_().mul_(torch.gt(square, TINY, out=torch.empty_like(s)))
-        push = torch.lt(square, max(rho.push_base, 0) ** 2, out=square).mul_(slope)
-        return slope.neg_(), push
-    pull, push = terms(s, rho)
-    return pull.mul_(-rho.pull_scale), push.mul_(rho.push_scale)
+        square = (s * -2).add_(2)
+        both = s.new_empty(2, *s.shape)
+        torch.gt(square, TINY, out=both[0]).mul_(square.clamp_min(TINY).rsqrt_()).neg_()
+        torch.lt(square, max(rho.push_base, 0) ** 2, out=both[1]).mul_(both[0]).neg_()
+        return both
+    both = terms(s, rho)
+    both[0] *= -rho.pull_scale
+    both[1] *= rho.push_scale
+    return both
 
 
 @jit

@@ -39,23 +39,21 @@ def _chunks(a, width):
 
 
 def _torch_sums(W, S, y, a, p, lam, rho):
+    """sums (4, A): pull, push and how many terms of each are not zero."""
     sums = W.new_zeros(4, len(W))
     for r in _chunks(a, len(y)):
         m, _ = _mixed(W, S, a[r], p[r], lam)
-        other = (y[p[r], None] != y).to(m.dtype)
-        pull, push = terms(m, rho)
-        push *= other
-        for total, part in zip(sums, (pull.mul_(other), push, other, (push > 0).to(m.dtype))):
-            total.index_add_(0, a[r], part.sum(1))
+        both = terms(m, rho).mul_((y[p[r], None] != y).to(m.dtype))  # (2, R, B)
+        sums.index_add_(1, a[r], torch.cat([both.sum(2), (both > 0).sum(2)]))
     return sums
 
 
 def _torch_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
-    dW, dS = torch.zeros_like(W), torch.zeros_like(S)
+    """dW and dS."""
+    dW, dS, grad = torch.zeros_like(W), torch.zeros_like(S), torch.stack([pull_grad, push_grad])
     for r in _chunks(a, len(y)):
         m, square = _mixed(W, S, a[r], p[r], lam)
-        pull, push = slopes(m, rho)
-        g = pull.mul_(pull_grad[a[r], None]).add_(push.mul_(push_grad[a[r], None])).mul_(y[p[r], None] != y)
+        g = slopes(m, rho).mul_(grad[:, a[r], None]).sum(0).mul_(y[p[r], None] != y)  # (R, B)
         dS.index_add_(0, p[r], (g * m / square).mul_(square > TINY), alpha=-lam * (1 - lam))
         g *= square.rsqrt_()
         dW.index_add_(0, a[r], g, alpha=1 - lam)

@@ -49,26 +49,34 @@ def _chunks(x, v):
 
 
 def _masks(s, row, column, r, mixed):
-    """Positive and negative pairs of a chunk of rows as 0.0 and 1.0: on a CPU floats compare faster than integers."""
-    positive = torch.ne(row[1, r, None], column[1], out=torch.empty_like(s))
-    same = torch.eq(row[0, r, None], column[0], out=torch.empty_like(s))
-    positive *= same
-    return positive, positive.clone() if mixed else same.neg_().add_(1)
+    """(2, rows, N): positive and negative pairs of a chunk as 0.0 and 1.0. A CPU compares floats faster than integers."""
+    masks = s.new_empty(2, *s.shape)
+    positive, negative = masks
+    torch.ne(row[1, r, None], column[1], out=positive)
+    positive *= torch.eq(row[0, r, None], column[0], out=negative)
+    if mixed:
+        negative.copy_(positive)
+    else:
+        negative.neg_().add_(1)
+    return masks
 
 
-def _limits(s, positive, negative, epsilon):
+def _limits(s, masks, epsilon):
     """Mining limits (2, rows): positives count below the first, negatives above the second."""
-    highest_negative = torch.minimum(s, (negative * 2e30).sub_(1e30)).amax(1)  # what is not negative becomes -1e30
-    lowest_positive = torch.maximum(s, (positive * -2e30).add_(1e30)).amin(1)
+    highest_negative = torch.minimum(s, (masks[1] * 2e30).sub_(1e30)).amax(1)  # what is not negative becomes -1e30
+    lowest_positive = torch.maximum(s, (masks[0] * -2e30).add_(1e30)).amin(1)
     return torch.stack([highest_negative + epsilon, lowest_positive - epsilon])
 
 
-def _mine(s, positive, negative, limits, dim):
+def _mine(s, masks, limits, dim):
+    """The masks within the limits (2, n) of the rows (dim 1) or of the columns (dim 0)."""
     if limits is None:
-        return positive, negative
+        return masks
     below, above = limits.unsqueeze(dim + 1)
-    mined = torch.lt(s, below, out=torch.empty_like(s)).mul_(positive)
-    return mined, torch.gt(s, above, out=torch.empty_like(s)).mul_(negative)
+    mined = torch.empty_like(masks)
+    torch.lt(s, below, out=mined[0])
+    torch.gt(s, above, out=mined[1])
+    return mined.mul_(masks)
 
 
 def _torch_sums(x, v, row, column, rho, epsilon, mixed):
@@ -77,13 +85,13 @@ def _torch_sums(x, v, row, column, rho, epsilon, mixed):
     row, column = row.to(x.dtype), column.to(x.dtype)
     for r in _chunks(x, v):
         s = product(x[r], v)  # (rows, N)
-        positive, negative = _masks(s, row, column, r, mixed)
+        masks = _masks(s, row, column, r, mixed)
         if limits is not None:
-            limits[:, r] = _limits(s, positive, negative, epsilon)
-            positive, negative = _mine(s, positive, negative, limits[:, r], 1)
-        pull, push = terms(s, rho)
-        sums[0, r], sums[2, r] = pull.mul_(positive).sum(1), positive.sum(1)
-        sums[1, r], sums[3, r] = push.mul_(negative).sum(1), torch.gt(push, 0, out=negative).sum(1)
+            limits[:, r] = _limits(s, masks, epsilon)
+            masks = _mine(s, masks, limits[:, r], 1)
+        both = terms(s, rho).mul_(masks)  # (2, rows, N)
+        sums[:2, r] = both.sum(2)
+        sums[2:, r] = torch.gt(both, 0, out=masks).sum(2)
     return sums, limits
 
 
@@ -94,15 +102,11 @@ def _torch_gradients(x, v, row, column, rho, limits, mixed, grad):
     dx, dv = torch.empty_like(x), None if symmetric else torch.zeros_like(v)
     for r in _chunks(x, v):
         s = product(x[r], v)
-        same_class, other_class = _masks(s, row, column, r, mixed)
-        positive, negative = _mine(s, same_class, other_class, None if limits is None else limits[:, r], 1)
-        pull, push = positive * grad[0, r, None], negative * grad[1, r, None]
+        masks = _masks(s, row, column, r, mixed)
+        weights = _mine(s, masks, None if limits is None else limits[:, r], 1) * grad[:, r, None]
         if symmetric:  # s[r,c] is also s[c,r]: add what it is to row c
-            positive, negative = _mine(s, same_class, other_class, limits, 0)
-            pull.addcmul_(positive, grad[0])
-            push.addcmul_(negative, grad[1])
-        pull_slope, push_slope = slopes(s, rho)
-        g = pull.mul_(pull_slope).add_(push.mul_(push_slope))
+            weights.addcmul_(_mine(s, masks, limits, 0), grad[:, None])
+        g = weights.mul_(slopes(s, rho)).sum(0)
         dx[r] = product(g, v.T)
         if not symmetric:
             dv.addmm_(g.T, x[r])

@@ -16,7 +16,7 @@ import torch
 
 from kernels import product, slices
 
-HELD = 2**23  # similarities held at a time
+HELD = 2**22  # similarities held at a time
 
 
 def top_k(query, gallery=None, k=1, exclude_self=False):
@@ -41,11 +41,15 @@ def top_k(query, gallery=None, k=1, exclude_self=False):
 
 def select(sim, k):
     """The k largest of each row of sim (Q, G), largest first: values and column indices (Q, k)."""
-    size = min(64, 2 ** int(math.log2(max(sim.shape[1] / k, 1)) / 2))
+    G = sim.shape[1]
+    size = min(64, 2 ** int(math.log2(G / k) / 2))
     if size < 4:
         return sim.topk(k, dim=1)
-    sim = torch.nn.functional.pad(sim, (0, -sim.shape[1] % size), value=-torch.inf)
-    groups = sim.unflatten(1, (-1, size))  # (Q, G / size, size)
-    best = groups.amax(2).topk(k, dim=1, sorted=False).indices  # (Q, k)
-    value, at = groups.gather(1, best[..., None].expand(-1, -1, size)).flatten(1).topk(k, dim=1)
-    return value, best.gather(1, at // size) * size + at % size
+    end = G // size * size  # items from here on are in no group: they are candidates in any case
+    groups = sim[:, :end].unflatten(1, (-1, size))  # (Q, G / size, size)
+    best = groups.amax(2).topk(k, dim=1, sorted=False).indices[..., None]  # (Q, k, 1)
+    values = torch.cat([groups.gather(1, best.expand(-1, -1, size)).flatten(1), sim[:, end:]], dim=1)
+    columns = torch.arange(G, device=sim.device)
+    columns = torch.cat([(best * size + columns[:size]).flatten(1), columns[end:].expand(len(sim), -1)], dim=1)
+    values, at = values.topk(k, dim=1)
+    return values, columns.gather(1, at)
