@@ -1,18 +1,17 @@
-"""The sums that kernels make for the losses, against the losses on whole matrices: values and gradients.
+"""Sums over pairs and triplets: plain and Triton forms against matrices under autograd.
 
-Tolerances: float64 1e-10; float32 1e-5 relative to the largest element (the interpreter multiplies in plain float32).
+Tolerances relative to the largest element: 1e-10 in float64; 1e-5 in float32 (the interpreter multiplies in float32).
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 import losses
 from kernels import mixed, pairwise
 
-D = 24
 BATCHES = {
-    "balanced": torch.arange(40) // 5,
     "odd": torch.randint(0, 9, (37,), generator=torch.Generator().manual_seed(0)),
     "singletons": torch.arange(21),
     "some singletons": torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 7]),
@@ -20,177 +19,180 @@ BATCHES = {
     "two": torch.tensor([3, 3]),
     "beyond a tile": torch.randint(0, 30, (70,), generator=torch.Generator().manual_seed(1)),
 }
-LOSSES = {
-    "contrastive": lambda: losses.Contrastive(),
-    "wide contrastive": lambda: losses.Contrastive(neg_margin=1.45),
-    "no margin": lambda: losses.Contrastive(neg_margin=-0.1),
-    "multisimilarity": lambda: losses.MultiSimilarity(),
-    "gentle multisimilarity": lambda: losses.MultiSimilarity(2, 10, 0.1, 0.2),
-    "proxyanchor": lambda: losses.ProxyAnchor(31, D),
+RHOS = {
+    "hinge": kernels.Rho(kernels.HINGE, push_base=1.3),
+    "no margin": kernels.Rho(kernels.HINGE, push_base=-0.1),
+    "exponential": losses.MultiSimilarity(2, 10, 0.1, 0.2).rho,
+    "steep": losses.ProxyAnchor(1, 1).rho,
 }
+FORMS = ("clean", "mined", "against others", "mixed")
 
 
-def embeddings(y, size=D, spread=0.6):
-    """Clustered by class, so that hinges fire and miners mine."""
+def embeddings(y, size=24, spread=0.6):
     generator = torch.Generator().manual_seed(len(y))
-    return torch.randn(int(y.max()) + 1, size, generator=generator)[y] + spread * torch.randn(len(y), size, generator=generator)
+    centres = torch.randn(int(y.max()) + 1, size, generator=generator)
+    return F.normalize(centres[y] + spread * torch.randn(len(y), size, generator=generator), dim=1)
 
 
-def forms(metric, z, y):
-    """The clean loss, the mixed ones against a bank, and those of embed mode, each as a function of its inputs."""
-    yield "clean", lambda z, v: metric(z, y)
-    for pairing in metric.pairings:
-        i = losses.full_bank(y, pairing)[0]
-        i = i[:: 1 + len(i) // 60]  # sixty examples of any bank will do
-        if len(i):
-            yield f"bank {pairing}", lambda z, v, i=i, pairing=pairing: metric.mixed(z, y, v[: len(i)], i, 0.3, pairing)
-        yield f"embed {pairing}", lambda z, v, pairing=pairing: metric.mixed_embed(z, y, 0.3, pairing)
+def case(form, y, size=24):
+    """x, v, row, column, epsilon, mixed"""
+    z, keys = embeddings(y, size), torch.stack([y, torch.arange(len(y))])
+    if form in ("clean", "mined"):
+        return z, None, keys, keys, 0.2 if form == "mined" else None, False
+    i = torch.randint(0, len(y), (45,), generator=torch.Generator().manual_seed(2))
+    return z, embeddings(y[i], size), keys, torch.stack([y[i], i]), None, form == "mixed"
 
 
-def value_and_gradients(function, metric, *inputs):
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    value = function(*inputs)
-    (1.7 * value).backward()  # not a unit gradient from above
-    return [value.detach()] + [x.grad for x in [*inputs, *metric.parameters()] if x.grad is not None]
+def dense_terms(s, rho):
+    if rho.kind == kernels.HINGE:
+        d = (2 - 2 * s).clamp_min(1e-12).sqrt()
+        return d, (rho.push_base - d).relu()
+    return (-rho.pull_scale * (s - rho.pull_base)).exp(), (rho.push_scale * (s - rho.push_base)).exp()
 
 
-def assert_equal_forms(metric, z, y, tolerance, **switched):
-    """Every form in plain PyTorch against itself with attributes of modules switched, {"module.name": value}."""
-    assert metric.rho.is_served()
-    v = torch.randn(60, z.shape[1], generator=torch.Generator().manual_seed(2)).to(z)
-    for name, function in forms(metric, z, y):
-        results = []
-        for switches in ({"kernels.choice": "torch"}, switched):
-            with pytest.MonkeyPatch.context() as patch:
-                for attribute, value in switches.items():
-                    patch.setattr(attribute, value)
-                results.append(value_and_gradients(function, metric, z, v))
-            metric.zero_grad()
-        assert len(results[0]) == len(results[1]) >= 2, name
-        for plain, fused in zip(*results):
-            bound = tolerance * max(1, plain.abs().max().item())
-            torch.testing.assert_close(fused, plain, rtol=0, atol=bound, msg=lambda told: f"{name}: {told}")
+def dense_sums(x, v, row, column, rho, epsilon=None, mixed=False):
+    s = x @ (x if v is None else v).T
+    same = row[0, :, None] == column[0]
+    positive = same & (row[1, :, None] != column[1])
+    negative = positive if mixed else ~same
+    if epsilon is not None:
+        lowest = s.detach().masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        highest = s.detach().masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
+        positive, negative = positive & (s < highest + epsilon), negative & (s > lowest - epsilon)
+    pull, push = dense_terms(s, rho)
+    pull, push = pull.where(positive, 0), push.where(negative, 0)
+    return pull.sum(1), push.sum(1), (pull > 0).sum(1), (push > 0).sum(1)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def with_gradients(function, x, v, *rest):
+    inputs = [z.detach().clone().requires_grad_() for z in (x, v) if z is not None]
+    sums = function(*inputs, *[None] * (2 - len(inputs)), *rest)
+    upstream = torch.linspace(0.5, 2, len(x), dtype=x.dtype, device=x.device)
+    (sums[0] @ upstream + sums[1] @ upstream.flip(0)).backward()  # different for every row and for pull and push
+    return [*(part.detach() for part in sums), *(z.grad for z in inputs)]
+
+
+def assert_close(results, expected, tolerance):
+    assert len(results) == len(expected)
+    for one, other in zip(results, expected):
+        bound = tolerance * max(1, other.abs().max().item())
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("rho", RHOS.values(), ids=RHOS.keys())
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_sums_by_rows_equal_the_whole_matrix(loss, batch, monkeypatch):
-    """The PyTorch form, which serves large batches on a CPU."""
+def test_the_plain_form_equals_matrices(batch, form, rho, monkeypatch):
     monkeypatch.setattr(pairwise, "CHUNK", 300)
+    x, v, row, column, epsilon, mixed = case(form, BATCHES[batch])
+    x, v = x.double(), None if v is None else v.double()
+    expected = with_gradients(dense_sums, x, v, row, column, rho, epsilon, mixed)
+    assert_close(with_gradients(pairwise.pair_sums, x, v, row, column, rho, epsilon, mixed), expected, 1e-10)
+
+
+@pytest.mark.parametrize("rho", ["hinge", "steep"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_triton_equals_the_plain_form(batch, form, rho, triton_device, monkeypatch):
+    x, v, row, column, epsilon, mixed = case(form, BATCHES[batch], size=100)
+    x, v, row, column = (z if z is None else z.to(triton_device) for z in (x, v, row, column))
+    rest = row, column, RHOS[rho], epsilon, mixed
+    fused = with_gradients(pairwise.pair_sums, x, v, *rest)
+    monkeypatch.setattr(kernels, "choice", "torch")
+    assert_close(fused, with_gradients(pairwise.pair_sums, x, v, *rest), 1e-5)
+
+
+def triplets(y, device, lam=0.3, dtype=torch.float32):
+    z = embeddings(y).to(device, dtype)
+    keys = losses.bank_keys(y, torch.arange(len(y)), "positive-negative")
+    a, p = losses.in_bank(*keys).nonzero(as_tuple=True)
+    return z @ z.T, (z @ z.T).flip(0), y.to(device), a.to(device), p.to(device), lam
+
+
+def dense_embed_sums(W, S, y, a, p, lam, rho):
+    length = (lam**2 + (1 - lam) ** 2 + 2 * lam * (1 - lam) * S[p]).clamp_min(1e-12).sqrt()
+    pull, push = dense_terms((lam * W[a, p][:, None] + (1 - lam) * W[a]) / length, rho)
+    other = y[p, None] != y
+    parts = pull.where(other, 0), push.where(other, 0), other, (push.where(other, 0) > 0)
+    return [W.new_zeros(len(W)).index_add(0, a, part.sum(1).to(W.dtype)) for part in parts]
+
+
+@pytest.mark.parametrize("rho", ["hinge", "exponential"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_embed_sums_equal_matrices_in_both_forms(batch, rho, triton_device, monkeypatch):
     monkeypatch.setattr(mixed, "CHUNK", 500)
-    y = BATCHES[batch]
-    z = embeddings(y).double()
-    z[-1] = z[0]  # a distance of 0
-    assert_equal_forms(LOSSES[loss]().double(), z, y, 1e-10, **{"losses.MANY": 0, "losses.MANY_TRIPLETS": 0})
-
-
-@pytest.mark.parametrize("loss", ["wide contrastive", "multisimilarity", "gentle multisimilarity", "proxyanchor"])
-@pytest.mark.parametrize("batch", [name for name in BATCHES if name != "balanced"])
-def test_triton_equals_the_whole_matrix(loss, batch, triton_device):
-    y = BATCHES[batch].to(triton_device)
-    metric = LOSSES[loss]().to(triton_device)
-    assert_equal_forms(metric, embeddings(y.cpu()).to(triton_device), y, 1e-5, **{"kernels.choice": "triton"})
-
-
-@pytest.mark.parametrize("size", [5, 100, 1024])
-def test_any_number_of_dimensions_will_do(size, triton_device):
-    y = BATCHES["some singletons"].to(triton_device)
-    for metric in (losses.Contrastive(1.45), losses.MultiSimilarity(), losses.ProxyAnchor(8, size)):
-        z = embeddings(y.cpu(), size).to(triton_device)
-        assert_equal_forms(metric.to(triton_device), z, y, 1e-5, **{"kernels.choice": "triton"})
-
-
-def test_equal_embeddings_have_finite_gradients(triton_device):
-    """Where a distance is nearly 0, float32 knows little of it: only that nothing may blow up is asked here."""
-    y = torch.tensor([0, 0, 0, 1, 1], device=triton_device)
-    for metric in (losses.Contrastive(), losses.MultiSimilarity(), losses.ProxyAnchor(3, D)):
-        z = torch.ones(5, D, device=triton_device)
-        for name, function in forms(metric.to(triton_device), z, y):
-            for result in value_and_gradients(function, metric, z, torch.ones(60, D, device=triton_device)):
-                assert result.isfinite().all(), name
-
-
-def _poisoned(tensor):
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-
-def test_every_element_is_written(triton_device, monkeypatch):
-    """What is allocated unset holds NaN here."""
-    for name in ("empty", "empty_like"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: _poisoned(made(*a, **k)))
-    y = BATCHES["odd"].to(triton_device)
-    for metric in (losses.Contrastive(), losses.MultiSimilarity(), losses.ProxyAnchor(31, D)):
-        z = embeddings(y.cpu()).to(triton_device)
-        for name, function in forms(metric.to(triton_device), z, y):
-            for result in value_and_gradients(function, metric, z, torch.ones(60, D, device=triton_device)):
-                assert result.isfinite().all(), name
-
-
-def test_two_runs_give_equal_bits(triton_device):
-    y = BATCHES["odd"].to(triton_device)
-    z, v = embeddings(y.cpu()).to(triton_device), torch.randn(60, D, device=triton_device)
-    for metric in (losses.Contrastive(), losses.MultiSimilarity(), losses.ProxyAnchor(31, D)):
-        for name, function in forms(metric.to(triton_device), z, y):
-            first = value_and_gradients(function, metric, z, v)
-            first = [result.clone() for result in first]
-            metric.zero_grad()
-            again = value_and_gradients(function, metric, z, v)
-            metric.zero_grad()
-            assert all(torch.equal(one, other) for one, other in zip(first, again)), name
+    *arguments, lam = triplets(BATCHES[batch], triton_device, dtype=torch.float64)
+    expected = with_gradients(dense_embed_sums, *arguments, lam, RHOS[rho])
+    assert_close(with_gradients(mixed.embed_sums, *arguments, lam, RHOS[rho]), expected, 1e-10)
+    *arguments, lam = triplets(BATCHES[batch], triton_device)
+    assert_close(with_gradients(mixed.embed_sums, *arguments, lam, RHOS[rho]), expected, 1e-5)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_the_ends_of_lam(lam, triton_device):
-    """At 0.5, opposite embeddings mix to nothing: the length is clamped, and nothing is divided by 0."""
+def test_a_mix_of_opposite_embeddings_has_finite_gradients(lam, triton_device, monkeypatch):
+    """At lam = 0.5 their mix has length 0, which is clamped."""
     y = torch.tensor([0, 0, 1, 1, 2], device=triton_device)
     z = embeddings(y.cpu()).to(triton_device)
     z[3] = -z[0]
-    for metric in (losses.Contrastive(1.45), losses.MultiSimilarity(), losses.ProxyAnchor(3, D)):
-        metric = metric.to(triton_device)
-        for pairing in metric.pairings:
-            results = []
-            for choice in ("torch", "triton"):
-                kernels.choice = choice
-                results.append(value_and_gradients(lambda z: metric.mixed_embed(z, y, lam, pairing), metric, z))
-                results[-1] = [result.clone() for result in results[-1]]
-                metric.zero_grad()
-            for one, other in zip(*results):
-                assert one.isfinite().all() and other.isfinite().all()
-                if lam != 0.5:
-                    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * max(1, one.abs().max().item()))
+    for metric in (losses.Contrastive(1.45), losses.MultiSimilarity(), losses.ProxyAnchor(3, 24).to(triton_device)):
+        for kernels.choice in ("torch", "triton"):
+            x = z.clone().requires_grad_()
+            metric.mixed_embed(x, y, lam, "positive-negative").backward()
+            assert x.grad.isfinite().all()
 
 
-def test_what_a_kernel_cannot_serve_is_left_to_the_plain_form(triton_device):
-    """Exponents that overflow unshifted, and float64."""
-    y = BATCHES["some singletons"]
-    z = embeddings(y)
-    steep = losses.MultiSimilarity(500, 500, 0.5, 0.1)
-    assert not steep.rho.is_served() and steep(z.to(triton_device), y.to(triton_device)).isfinite()
-    metric = losses.Contrastive()
-    assert not metric.fused(z.double().to(triton_device), 81, 100) and metric.fused(z.to(triton_device), 81, 100)
+def run_everything(device):
+    results = []
+    for form in FORMS:
+        x, v, row, column, epsilon, mix = case(form, BATCHES["odd"])
+        x, v, row, column = (z if z is None else z.to(device) for z in (x, v, row, column))
+        results += with_gradients(pairwise.pair_sums, x, v, row, column, RHOS["hinge"], epsilon, mix)
+    *arguments, lam = triplets(BATCHES["odd"], device)
+    return results + with_gradients(mixed.embed_sums, *arguments, lam, RHOS["hinge"])
 
 
-def test_a_choice_that_cannot_run_is_told(monkeypatch):
+def test_every_element_is_written(triton_device, monkeypatch):
+    """Memory that is allocated but not set holds NaN here."""
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, allocate=allocate, **k: poison(allocate(*a, **k)))
+    assert all(result.isfinite().all() for result in run_everything(triton_device))
+
+
+def poison(tensor):
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+
+def test_two_runs_give_equal_bits(triton_device):
+    assert all(map(torch.equal, run_everything(triton_device), run_everything(triton_device)))
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_the_switch_chooses_the_form(choice, triton_device, monkeypatch):
+    other = {"torch": "_triton", "triton": "_torch"}[choice]
+    for file in (pairwise, mixed):
+        for name in ("sums", "gradients"):
+            monkeypatch.setattr(file, f"{other}_{name}", None)  # calling it is an error
+    monkeypatch.setattr(kernels, "choice", choice)
+    run_everything(triton_device)
+
+
+def test_a_choice_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(kernels, "choice", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         losses.Contrastive()(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]))
     monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(RuntimeError, match="Triton is not installed"):
+    with pytest.raises(ValueError, match="Triton is not installed"):
         losses.Contrastive()(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_vectors_are_summed_in_float32(dtype):
-    """By the PyTorch form; the interpreter cannot multiply bfloat16."""
-    y = BATCHES["odd"]
-    z = torch.nn.functional.normalize(embeddings(y), dim=1)
-    rows, columns = pairwise.Rows(y, torch.arange(37)), pairwise.Columns(y, torch.arange(37))
-    rho = kernels.Rho(kernels.HINGE, push_base=1.2)
-    exact = pairwise.pair_sums(z.to(dtype).float(), None, rows, columns, rho)
-    x = z.to(dtype).requires_grad_()
-    sums = pairwise.pair_sums(x, None, rows, columns, rho)
+    x, _, row, column, _, _ = case("clean", BATCHES["odd"])
+    exact = pairwise.pair_sums(x.to(dtype).float(), None, row, column, RHOS["hinge"])
+    x = x.to(dtype).requires_grad_()
+    sums = pairwise.pair_sums(x, None, row, column, RHOS["hinge"])
     for one, other in zip(sums, exact):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other)
