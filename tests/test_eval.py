@@ -1,62 +1,63 @@
-"""Metrics by counting against a float64 sort, with ties where they hurt; in memory, on disk and over processes."""
+"""Metrics against a float64 sort, the geometry against loops, the sheet, and the table of many runs."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import eval
+from kernels import recall, top_k
 
-ROOT = pathlib.Path(eval.__file__).parent
 KS = (1, 2, 3, 5, 10, 1000)
 
 
-def sorted_metrics(query, query_labels, gallery, gallery_labels, itself):
-    """Sort each query's gallery by similarity, other classes first among equals; None for a query without a partner."""
-    hits, average_precision, r_precision, lone = {k: [] for k in KS}, [], [], 0
-    for q, (vector, label) in enumerate(zip(query.double(), query_labels.tolist())):
+def sorted_metrics(query, query_labels, gallery=None, gallery_labels=None):
+    """Sort each query's gallery in float64. A same-class item is 1e-6 less similar, so that ties count against it."""
+    itself = gallery is None
+    gallery, gallery_labels = (query, query_labels) if itself else (gallery, gallery_labels)
+    sims = F.normalize(query.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
+    hits, average_precision, r_precision = {k: [] for k in KS}, [], []
+    for q, label in enumerate(query_labels.tolist()):
         items = [g for g in range(len(gallery)) if not (itself and g == q)]
-        R = sum(gallery_labels[g].item() == label for g in items)
+        right = {g: gallery_labels[g].item() == label for g in items}
+        items.sort(key=lambda g: sims[q, g].item() - 1e-6 * right[g], reverse=True)
+        found, R = [right[g] for g in items], sum(right.values())
         if not R:
-            lone += 1
             continue
-        sims = (gallery.double() * vector).sum(1).tolist()  # not a product, which may tell equal rows apart
-        items.sort(key=lambda g: (-sims[g], gallery_labels[g] == label))
-        found = [gallery_labels[g].item() == label for g in items]
         for k in KS:
             hits[k].append(any(found[:k]))
         r_precision.append(sum(found[:R]) / R)
         average_precision.append(sum(found[r] * sum(found[: r + 1]) / (r + 1) for r in range(R)) / R)
-    queries = len(r_precision)
-    return dict(
-        queries=queries,
-        lone_queries=lone,
-        recall={k: sum(hits[k]) / queries for k in KS},
-        map_at_r=pytest.approx(sum(average_precision) / queries, rel=1e-12),
-        r_precision=pytest.approx(sum(r_precision) / queries, rel=1e-12),
-    )
+    mean = lambda values: sum(values) / len(values)
+    result = dict(queries=len(r_precision), lone_queries=len(query) - len(r_precision))
+    result |= dict(recall={k: mean(hits[k]) for k in KS})
+    return result | dict(map_at_r=mean(average_precision), r_precision=mean(r_precision))
+
+
+def everything(*arguments, shard=slice(None)):
+    return eval.summary(eval.per_query(*arguments, everything=True, shard=shard), KS)
+
+
+def assert_same(one, other):
+    assert one == {name: value if isinstance(value, dict) else pytest.approx(value) for name, value in other.items()}
 
 
 def cases():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 12, (90,), generator=generator)
-    labels[:5] = torch.tensor([-7, 1000, 2**40, 50, 51])  # lone queries, and any integer is a label
+    labels[:5] = torch.tensor([-7, 1000, 2**40, 50, 51])  # lone queries; any integer is a label
     random = torch.randn(90, 16, generator=generator)
     yield "random", random, labels
     yield "float64", random.double(), labels
-    yield "huge", 1e30 * random, labels
-    yield "minute", 1e-30 * random.double(), labels
-    yield "unit", torch.nn.functional.normalize(random, dim=1), labels
-    yield "grid", torch.randint(-1, 2, (90, 4), generator=generator).float(), labels  # many exact ties
+    yield "long", 1e15 * random, labels
+    yield "grid", torch.randint(-1, 2, (90, 4), generator=generator).float() + 0.1, labels  # many exact ties
     yield "duplicated", random[torch.randint(0, 30, (90,), generator=generator)], labels
-    yield "few classes", random, labels.clamp(0, 1)
+    yield "two classes", random, labels.clamp(0, 1)
     yield "one class", random, torch.zeros(90, dtype=torch.long)
-    yield "collapsed", torch.nn.functional.normalize(random[:1].expand(90, 16), dim=1), labels
+    yield "collapsed", random[:1].expand(90, 16), labels
 
 
 @pytest.fixture(params=list(cases()), ids=lambda case: case[0])
@@ -64,294 +65,163 @@ def case(request):
     return request.param[1:]
 
 
-@pytest.fixture(params=[7, 32, 1024])
+@pytest.fixture(params=[7, 1024])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(eval.recall, "TILE", request.param)
-    monkeypatch.setattr(eval.recall, "AREA", request.param)
+    monkeypatch.setattr(recall, "TILE", request.param)
+    monkeypatch.setattr(recall, "BATCH", request.param)
+    monkeypatch.setattr(eval, "HELD", 90 * request.param)
+
+
+# ------------------------------------------------------------------------------------------- ranking
 
 
 def test_every_metric_equals_a_sort(case, tile):
     z, y = case
-    assert eval.evaluate(z, y, ks=KS) == sorted_metrics(z, y, z, y, itself=True)
+    expected = sorted_metrics(z, y)
+    assert_same(everything(z, y), expected)
+    assert eval.recall_at_k(z, y, ks=KS) == expected["recall"]
+    assert eval.map_at_r(z, y) == pytest.approx(expected["map_at_r"])
+    assert eval.r_precision(z, y) == pytest.approx(expected["r_precision"])
 
 
 def test_every_metric_equals_a_sort_with_a_separate_gallery(case, tile):
     z, y = case
-    query, gallery = slice(0, 40), slice(40, 90)
-    value = eval.evaluate(z[query], y[query], z[gallery], y[gallery], ks=KS)
-    assert value == sorted_metrics(z[query], y[query], z[gallery], y[gallery], itself=False)
+    arguments = z[:40], y[:40], z[40:], y[40:]
+    expected = sorted_metrics(*arguments)
+    assert_same(everything(*arguments), expected)
+    assert eval.recall_at_k(*arguments, ks=KS) == expected["recall"]
 
 
-def test_single_metrics_are_those_of_the_whole(case):
-    z, y = case
-    whole = eval.evaluate(z, y, ks=KS)
-    assert eval.recall_at_k(z, y, ks=KS) == whole["recall"]
-    assert eval.map_at_r(z, y) == whole["map_at_r"] and eval.r_precision(z, y) == whole["r_precision"]
-
-
-def test_queries_with_many_positives_are_ranked_in_blocks(case, monkeypatch):
-    z, y = case
-    whole = eval.evaluate(z, y, ks=KS)
-    for pairs in (1, 20, 200):
-        monkeypatch.setattr(eval, "PAIRS", pairs)
-        monkeypatch.setattr(eval.recall, "TILE", 16)
-        assert eval.evaluate(z, y, ks=KS) == whole
-
-
-@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("per_class", [2, 5, 40, 300])
-def test_thousands_of_embeddings_equal_a_sort(per_class, spread):
-    """Enough tiles for the floors to rise, classes from small to larger than a tile's share."""
+@pytest.mark.parametrize("per_class", [2, 5, 300])
+def test_thousands_of_embeddings_equal_a_sort(per_class):
     generator = torch.Generator().manual_seed(per_class)
     y = torch.randint(0, 1500 // per_class, (1500,), generator=generator)
-    z = torch.randn(1500, 24, generator=generator) + spread / 24**0.5 * torch.randn(1500, 24, generator=generator)[y]
-    z = torch.nn.functional.normalize(z.double(), dim=1)
-    sim = z @ z.T
-    order = (sim - 10 * torch.eye(1500)).argsort(dim=1, descending=True)[:, :-1]
-    found = (y[order] == y[:, None])[(y == y[:, None]).sum(1) > 1].double()  # no ties in random float64 data
-    R = found.sum(1)
-    top = found * (torch.arange(1, 1500) <= R[:, None])
-    precision = found.cumsum(1) / torch.arange(1, 1500)
-    eval.recall.TILE, before = 128, eval.recall.TILE
-    value = eval.evaluate(z, y, ks=(1, 10))
-    eval.recall.TILE = before
-    assert value["recall"] == {k: found[:, :k].amax(1).mean().item() for k in (1, 10)}
-    assert value["r_precision"] == pytest.approx((top.sum(1) / R).mean().item(), rel=1e-12)
-    assert value["map_at_r"] == pytest.approx(((top * precision).sum(1) / R).mean().item(), rel=1e-12)
+    z = torch.randn(1500, 24, generator=generator) + 0.5 * torch.randn(1500, 24, generator=generator)[y]
+    sim = F.normalize(z.double(), dim=1) @ F.normalize(z.double(), dim=1).T - 10 * torch.eye(1500)
+    sim -= 1e-6 * (y == y[:, None])
+    found = y[sim.argsort(dim=1, descending=True)[:, :-1]] == y[:, None]
+    found = found[(y == y[:, None]).sum(1) > 1].double()
+    R, r = found.sum(1), torch.arange(1, 1500)
+    top = found * (r <= R[:, None])
+    value = everything(z, y)
+    assert value["recall"] == {k: found[:, :k].amax(1).mean().item() for k in KS}
+    assert value["r_precision"] == pytest.approx((top.sum(1) / R).mean().item())
+    assert value["map_at_r"] == pytest.approx(((top * found.cumsum(1) / r).sum(1) / R).mean().item(), rel=1e-5)
 
 
-def test_near_ties_that_float32_cannot_tell_apart_are_decided_exactly():
-    """Similarities 1e-8 apart: a float32 product rounds them into each other."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(1, 512, generator=generator, dtype=torch.float64)
-    z = torch.nn.functional.normalize(z + 1e-4 * torch.randn(300, 512, generator=generator, dtype=torch.float64), dim=1)
-    for z in (z, z.float()):
-        y = torch.arange(300) % 60
-        assert eval.evaluate(z, y, ks=KS) == sorted_metrics(z, y, z, y, itself=True)
-
-
-def test_a_collapsed_embedding_scores_zero():
-    """Equal vectors are ties in whatever order their products are summed, and ties count against the model."""
-    for size in (64, 100, 512):
-        z = torch.nn.functional.normalize(torch.randn(1, size).expand(1500, size), dim=1)
-        value = eval.evaluate(z, torch.arange(1500) // 5, ks=(1, 1000))
-        assert value == dict(queries=1500, lone_queries=0, recall={1: 0.0, 1000: 0.0}, map_at_r=0.0, r_precision=0.0)
+@pytest.mark.parametrize("size", [64, 100, 512])
+def test_a_collapsed_embedding_scores_zero(size):
+    z = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).expand(1500, size)
+    value = everything(z, torch.arange(1500) // 5)
+    assert value["recall"][1000] == value["map_at_r"] == value["r_precision"] == 0
 
 
 def test_the_order_of_the_gallery_does_not_matter(case):
     z, y = case
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
-    assert eval.evaluate(z[:40], y[:40], z, y, KS) == eval.evaluate(z[:40], y[:40], z[order], y[order], KS)
-    for values, shuffled in zip(eval.ranking(z, y), eval.ranking(z[order], y[order])):
-        torch.testing.assert_close(values[order], shuffled, rtol=0, atol=0, equal_nan=True)
+    assert_same(everything(z[:40], y[:40], z, y), everything(z[:40], y[:40], z[order], y[order]))
+    for values, shuffled in zip(eval.per_query(z, y, everything=True), eval.per_query(z[order], y[order], everything=True)):
+        torch.testing.assert_close(values[order], shuffled, equal_nan=True)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 100])
+def test_shards_of_the_queries_make_up_the_whole(shards, case):
+    z, y = case
+    bounds = [len(y) * n // shards for n in range(shards + 1)]
+    for arguments in ((z, y), (z, y, z[20:], y[20:])):
+        for kind in (False, True):
+            whole = eval.per_query(*arguments, everything=kind)
+            parts = [eval.per_query(*arguments, everything=kind, shard=slice(*at)) for at in zip(bounds, bounds[1:])]
+            for values, *pieces in zip(whole, *parts):
+                if values is not None:
+                    torch.testing.assert_close(torch.cat(pieces), values, equal_nan=True)
 
 
 def test_lone_queries_are_left_out():
     z, y = torch.eye(4), torch.tensor([0, 1, 2, 0])
-    assert eval.ranking(z, y).rank.tolist() == [2, -1, -1, 2]
-    value = eval.evaluate(z, y, ks=(2, 3))
+    ranking = eval.per_query(z, y, everything=True)
+    assert ranking.rank.tolist() == [2, -1, -1, 2]
+    assert ranking.r_precision.isnan().tolist() == [False, True, True, False]
+    value = eval.summary(ranking, ks=(2, 3))
     assert value == dict(queries=2, lone_queries=2, recall={2: 0.0, 3: 1.0}, map_at_r=0.0, r_precision=0.0)
-    assert eval.ranking(z, y).r_precision.isnan().tolist() == [False, True, True, False]
 
 
-def test_a_k_beyond_the_gallery_finds_whatever_there_is():
-    z, y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 3])
-    assert eval.recall_at_k(z, y, ks=(6, 10**9)) == {6: 1.0, 10**9: 1.0}
-    assert eval.recall_at_k(z[:3], y[:3], z[3:], y[3:], ks=(3, 100)) == {3: 1.0, 100: 1.0}
-
-
-def test_arrays_and_tensors_of_any_kind_will_do():
-    z, y = torch.randn(30, 5), torch.arange(30) // 3
-    expected = eval.recall_at_k(z, y, ks=KS)
-    assert eval.recall_at_k(z.numpy(), y.numpy().astype(np.uint16), ks=KS) == expected
-    assert eval.recall_at_k(z.clone().requires_grad_(), y.to(torch.uint8), ks=KS) == expected
+def test_arrays_and_any_float_type_are_accepted(case):
+    z, y = case[0].double(), case[1]
+    assert eval.recall_at_k(z.numpy(), y.numpy(), ks=KS) == eval.recall_at_k(z, y, ks=KS)
+    half = F.normalize(z, dim=1).bfloat16()
+    assert eval.recall_at_k(half, y, ks=KS) == eval.recall_at_k(half.float(), y, ks=KS)
 
 
 def test_unusable_embeddings_are_named():
-    z, y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
-    bad = z.clone()
-    bad[2, 1] = torch.nan
+    z, y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     for arguments, message in [
-        ((z, y[:5]), "query: expected embeddings"),
+        ((z, y[:3]), "query: expected embeddings"),
         ((z, y.float()), "integer labels"),
-        ((z[0], y), "query: expected embeddings"),
-        ((z[:, :0], y), "query: expected embeddings"),
-        ((z / 0, y), "6 embeddings hold NaN or infinity"),
         ((z[:0], y[:0]), "query: expected embeddings"),
-        ((z, y, z[:0], y[:0]), "gallery: expected embeddings"),
-        ((z, y, z[:, :3], y), "queries have 4 columns, the gallery 3"),
-        ((bad, y), "1 embeddings hold NaN"),
-        ((z, torch.arange(6)), "no query has another item"),
+        ((z * torch.nan, y), "NaN or infinity"),
+        ((z, y, z[:, :2], y), "queries have 3 columns, the gallery 2"),
+        ((z, y, z, y[:2]), "gallery: expected embeddings"),
+        ((z, torch.arange(4)), "no query has another item"),
     ]:
         with pytest.raises(ValueError, match=message):
             eval.recall_at_k(*arguments)
-    for ks in ((0,), (1.5,), ("1",)):
-        with pytest.raises(ValueError, match="ks must be positive integers"):
-            eval.recall_at_k(z, y, ks=ks)
+    with pytest.raises(ValueError, match="positive integers"):
+        eval.recall_at_k(z, y, ks=(0,))
 
 
-# -------------------------------------------------------------------------- beyond one tensor in memory
+# ------------------------------------------------------------------------------------------- nearest
 
 
-def rank_a_part(process, processes, store, z, y, results):
-    """What each process does: its uneven part of the queries, its part of the gallery; the last has hardly anything."""
-    torch.set_num_threads(1)
-    eval.recall.TILE, eval.recall.AREA = 16, 64
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=process, world_size=processes)
-    group = torch.distributed.group.WORLD
-    ends = [0, 50, 89, 90][: processes] + [90]
-    mine, gallery = slice(ends[process], ends[process + 1]), slice(ends[-2 - process], ends[-1 - process])
-    outcome = [eval.evaluate(z[mine], y[mine], ks=KS, group=group)]
-    outcome.append(eval.recall_at_k(z[mine], y[mine], ks=KS, group=group))
-    outcome.append(eval.evaluate(z[mine], y[mine], z[gallery], y[gallery], ks=KS, group=group))
-    eval.PAIRS = 50
-    outcome.append(eval.evaluate(z[mine], y[mine], ks=KS, group=group))
-    try:
-        eval.recall_at_k(z[mine] * (torch.nan if process == 0 else 1), y[mine], group=group)
-    except ValueError as error:
-        outcome.append(str(error))
-    torch.distributed.destroy_process_group()
-    torch.save(outcome, f"{results}/{process}.pt")
+@pytest.mark.parametrize("G, k", [(1000, 1), (1003, 7), (77, 77), (500, 30), (64, 4), (65, 16)])
+def test_the_nearest_are_those_of_a_sort(G, k, monkeypatch):
+    monkeypatch.setattr(top_k, "HELD", 5 * G)
+    generator = torch.Generator().manual_seed(G)
+    query, gallery = torch.randn(11, 8, generator=generator), torch.randn(G, 8, generator=generator)
+    expected = (query @ gallery.T).sort(dim=1, descending=True)
+    values, indices = top_k.top_k(query, gallery, k)
+    assert torch.equal(indices, expected.indices[:, :k])
+    torch.testing.assert_close(values, expected.values[:, :k])
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_sharded_over_processes_gives_the_identical_numbers(processes, tmp_path):
-    by_name = dict((name, (z, y)) for name, z, y in cases())
-    for name in ("unit", "grid"):
-        z, y = by_name[name]
-        whole, separate = eval.evaluate(z, y, ks=KS), eval.evaluate(z, y, z, y, ks=KS)
-        arguments = (processes, tmp_path / f"store-{name}", z, y, tmp_path)
-        torch.multiprocessing.spawn(rank_a_part, arguments, nprocs=processes)
-        for process in range(processes):
-            *values, error = torch.load(tmp_path / f"{process}.pt")
-            assert values == [whole, whole["recall"], separate, whole]
-            assert "hold NaN" in error and error.startswith("query" if process == 0 else "in another process")
+def test_an_item_does_not_find_itself():
+    z = F.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert (top_k.top_k(z, k=3)[1][:, 0] == torch.arange(300)).all()
+    assert torch.equal(top_k.top_k(z, k=3, exclude_self=True)[1], top_k.top_k(z, k=4)[1][:, 1:])
+    for k in (0, 300):
+        with pytest.raises(ValueError, match=f"k is {k}, but there are 299"):
+            top_k.top_k(z, k=k, exclude_self=True)
 
 
-def as_memmap(path, array):
-    file = np.memmap(path, array.dtype, "w+", shape=array.shape)
-    file[:] = array
-    file.flush()
-    return np.memmap(path, array.dtype, "r", shape=array.shape)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_a_memory_map_is_evaluated_like_what_it_holds(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval.recall, "TILE", 16)
-    z, y = torch.randn(90, 8).numpy().astype(dtype), np.random.default_rng(0).integers(-5, 5, 90)
-    file = as_memmap(tmp_path / "z", z)
-    assert eval.evaluate(file, y, ks=KS) == eval.evaluate(z, y, ks=KS)
-    assert eval.evaluate(z[:20], y[:20], file, y, ks=KS) == eval.evaluate(z[:20], y[:20], z, y, ks=KS)
-    assert eval.geometry(file, y, file[:30]) == eval.geometry(z, y, z[:30])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tensor", "memmap"])
-def test_memory_grows_with_a_tile_not_with_the_square(kind, tmp_path):
-    """Stanford Online Products' test set: 60,502 embeddings of 512, 124 MB; their similarities would be 14.6 GB."""
-    code = f"""
-import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
-import numpy as np, torch, eval
-y = np.arange(60502) // 5
-z = np.memmap({str(tmp_path / 'z')!r}, np.float32, "w+", shape=(60502, 512))
-for rows in range(0, len(z), 4096):
-    z[rows : rows + 4096] = torch.nn.functional.normalize(torch.randn(len(z[rows : rows + 4096]), 512), dim=1)
-if {kind!r} == "tensor":
-    z = torch.from_numpy(z[:].copy())
-eval.evaluate(z[:2000], y[:2000])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-eval.evaluate(z, y, ks=(1, 10, 100, 1000))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert float(done.stdout) < 600, done.stderr
-
-
-# ------------------------------------------------------------------------------- how embeddings lie
+# ------------------------------------------------------------------------------------------ geometry
 
 
 def test_alignment_uniformity_and_utilization_equal_loops_over_pairs(case, monkeypatch):
-    monkeypatch.setattr(eval.recall, "TILE", 32)
-    z, y = torch.nn.functional.normalize(case[0].double(), dim=1), case[1]
-    pairs = [(a, b) for a in range(90) for b in range(a)]
-    squares = {(a, b): (z[a] - z[b]).square().sum().item() for a, b in pairs}
-    of_a_class = [squares[a, b] for a, b in pairs if y[a] == y[b]]
+    monkeypatch.setattr(eval, "TILE", 32)
+    monkeypatch.setattr(eval, "HELD", 1000)
+    z, y = F.normalize(case[0].double(), dim=1), case[1]
+    squares = {(a, b): (z[a] - z[b]).square().sum().item() for a in range(90) for b in range(a)}
+    in_class = [square for (a, b), square in squares.items() if y[a] == y[b]]
     nearest = [min((z[a] - z[b]).square().sum().item() for b in range(60)) for a in range(60, 90)]
-    for z, tolerance in ((z, 1e-12), (z.float(), 1e-5)):
-        expected = dict(
-            alignment=sum(of_a_class) / len(of_a_class),
-            uniformity=np.log(np.mean([np.exp(-2 * square) for square in squares.values()])),
-            utilization=sum(nearest) / 30,
-        )
-        value = eval.geometry(z, y) | dict(utilization=eval.utilization(z[60:], z[:60]))
-        assert value == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    assert eval.alignment(z, y) == pytest.approx(np.mean(in_class), abs=1e-12)
+    uniformity = np.log(np.mean([np.exp(-2 * square) for square in squares.values()]))
+    assert eval.uniformity(z) == pytest.approx(uniformity, abs=1e-5)
+    assert eval.utilization(z[60:], z[:60]) == pytest.approx(np.mean(nearest), abs=1e-5)
 
 
-def test_what_has_no_pair_has_no_geometry():
+def test_too_few_embeddings_have_no_geometry():
     z = torch.randn(3, 2)
     for call, message in [
         (lambda: eval.alignment(z, torch.arange(3)), "no class has two"),
         (lambda: eval.uniformity(z[:1]), "at least two"),
-        (lambda: eval.utilization(z, z[:0]), "0 x 2 training"),
-        (lambda: eval.utilization(z, torch.randn(3, 4)), "3 x 4 training"),
+        (lambda: eval.utilization(z, z[:0]), r"\(0, 2\) training"),
+        (lambda: eval.utilization(z, torch.randn(3, 4)), r"\(3, 4\) training"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
 
 
-# -------------------------------------------------------------------------------------- from a file
-
-
-def evaluate_file(path, *more):
-    command = [sys.executable, str(ROOT / "eval.py"), "--embeddings", str(path), *more]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_anybodys_embeddings_are_evaluated_from_a_file(tmp_path):
-    z, y = np.random.default_rng(0).normal(size=(60, 8)), np.arange(60) % 7
-    np.savez(tmp_path / "own.npz", embeddings=z, labels=y, train_embeddings=z[:9])
-    done = evaluate_file(tmp_path / "own.npz", "--ks", "1,10")
-    printed = json.loads(done.stdout.splitlines()[-1])
-    expected = eval.evaluate(z, y, ks=(1, 10)) | eval.geometry(z, y, z[:9])
-    assert done.returncode == 0 and printed == json.loads(json.dumps(expected))
-    assert f"{100 * expected['map_at_r']:.2f}" in done.stdout and "60 queries" in done.stdout
-    np.savez(tmp_path / "gallery.npz", embeddings=z[:20], labels=y[:20], gallery_embeddings=z[20:], gallery_labels=y[20:])
-    printed = json.loads(evaluate_file(tmp_path / "gallery.npz").stdout.splitlines()[-1])
-    assert printed["map_at_r"] == eval.map_at_r(z[:20], y[:20], z[20:], y[20:])
-
-
-def test_a_file_that_cannot_be_evaluated_is_told_in_one_line(tmp_path, capsys):
-    z, y = np.ones((4, 3)), np.arange(4)
-    np.savez(tmp_path / "no_labels.npz", embeddings=z)
-    np.savez(tmp_path / "short.npz", embeddings=z, labels=y[:3])
-    np.savez(tmp_path / "lone.npz", embeddings=z, labels=y)
-    np.savez(tmp_path / "words.npz", embeddings=z, labels=np.array(list("abcd")))
-    np.savez(tmp_path / "objects.npz", embeddings=z, labels=np.array([None] * 4))
-    np.save(tmp_path / "one.npy", z)
-    (tmp_path / "text.npz").write_text("embeddings")
-    (tmp_path / "broken.npz").write_bytes((tmp_path / "lone.npz").read_bytes()[:300])
-    for name, message in [
-        ("missing.npz", "No such file"),
-        ("no_labels.npz", "no array labels in it, but embeddings"),
-        ("short.npz", "expected embeddings (N, D) and N integer labels"),
-        ("lone.npz", "no query has another item"),
-        ("words.npz", "labels"),
-        ("objects.npz", ""),
-        ("one.npy", "one array"),
-        ("text.npz", ""),
-        ("broken.npz", ""),
-    ]:
-        with pytest.raises(SystemExit) as ended:
-            eval.main(["--embeddings", str(tmp_path / name)])
-        out, told = capsys.readouterr()
-        assert (ended.value.code, out) == (2, ""), name
-        assert told.startswith(f"eval: {tmp_path / name}: ") and told.count("\n") == 1 and message in told
-    done = evaluate_file(tmp_path / "lone.npz", "--ks", "one")
-    assert (done.returncode, done.stderr) == (2, "eval: --ks one: expected numbers such as 1,10,100\n")
-
-
-# --------------------------------------------------------------------------------------------- sheet
+# ------------------------------------------------------------------------------------------- picture
 
 
 def test_the_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_path):
@@ -360,10 +230,60 @@ def test_the_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_path):
     for path in paths:
         Image.new("RGB", (30, 30), (10, 120, 200)).save(path)
     z, y = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    eval.retrieval_sheet(tmp_path / "sheet.png", eval.ranking(z, y).rank, z, paths, y)
+    eval.retrieval_sheet(tmp_path / "sheet.png", eval.per_query(z, y).rank, z, paths, y)
     pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    inner, outer = eval.SHEET_CELL - 10, eval.SHEET_CELL - 4
+    inner, outer = eval.CELL - 10, eval.CELL - 4
     frame = outer**2 - inner**2
     assert (pixels == (50, 205, 50)).all(-1).sum() == 8 * 3 * frame
     assert (pixels == (255, 0, 0)).all(-1).sum() == 8 * 4 * frame
     assert (pixels == (10, 120, 200)).all(-1).sum() == 8 * 8 * inner**2
+
+
+def test_the_worst_queries_come_last_on_the_sheet(tmp_path):
+    paths = [str(tmp_path / f"{n}.png") for n in range(12)]
+    for n, path in enumerate(paths):
+        Image.new("RGB", (30, 30), (n, 0, 0)).save(path)
+    z, y = torch.randn(12, 3), torch.arange(12) // 2
+    eval.retrieval_sheet(tmp_path / "sheet.png", torch.arange(12), z, paths, y)
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+    tops = [eval.TITLE + eval.CELL * n for n in range(5)] + [2 * eval.TITLE + eval.CELL * n for n in range(5, 10)]
+    queries = [int(pixels[top + eval.CELL // 2, eval.CELL // 2, 0]) for top in tops]
+    assert queries[5:] == [11, 10, 9, 8, 7] and set(queries[:5]) < set(range(7))
+
+
+# ----------------------------------------------------------------------------------------- many runs
+
+
+def write_run(directory, loss, mode, seed, share, epochs=60, logged=None):
+    directory.mkdir()
+    config = dict(dataset="cub", loss=loss, mode=mode, seed=seed, epochs=epochs)
+    (directory / "config.json").write_text(json.dumps(config))
+    last = dict(epoch=logged or epochs, recall={"1": share}, map_at_r=share / 2)
+    last |= dict(alignment=0.1 * seed, uniformity=-1.0, utilization=0.3)
+    (directory / "log.jsonl").write_text(json.dumps(dict(epoch=1)) + "\n" + json.dumps(last) + "\n")
+    return str(directory)
+
+
+def test_runs_are_compared_by_seed(tmp_path, capsys):
+    runs = []
+    for seed, gain in enumerate((0.01, 0.02, 0.06)):
+        runs.append(write_run(tmp_path / f"b{seed}", "contrastive", "baseline", seed, 0.5 + 0.1 * seed))
+        runs.append(write_run(tmp_path / f"f{seed}", "contrastive", "feature", seed, 0.5 + 0.1 * seed + gain, epochs=100))
+    runs.append(write_run(tmp_path / "f3", "contrastive", "feature", 3, 0.9, epochs=100))  # without a baseline: no gain
+    eval.main(runs)
+    out = capsys.readouterr().out
+    assert out.startswith("epochs: baseline 60, feature 100\n")
+    assert "60.00 +- 5.77" in out  # 50, 60, 70
+    assert "3.00 +- 1.53" in out  # gains of 1, 2, 6
+    assert "64.7" in out and "67.4" in out  # published
+    rows = {row["row"]: row["values"] for row in json.loads(out.splitlines()[-1])["rows"]}
+    assert rows["gain, by seed"]["feature"] == pytest.approx([0.5, 1, 3])  # the last such row: MAP@R
+    assert rows["recall_at_1"]["input"] == [] and len(rows["recall_at_1"]["feature"]) == 4
+
+
+def test_an_unfinished_run_is_named(tmp_path, capsys):
+    for name in (write_run(tmp_path / "half", "contrastive", "baseline", 0, 0.5, logged=30), str(tmp_path / "none")):
+        with pytest.raises(SystemExit) as end:
+            eval.main([name])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith(f"eval: {name}: not a finished run") and error.count("\n") == 1
