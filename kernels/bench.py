@@ -1,16 +1,11 @@
-"""Time the kernels against what else one could use, on this machine: a table for people, a line of JSON for programs.
+"""Time the kernels against the alternatives on this machine: a table for people, a JSON line for programs.
 
-    ./run.sh bench [pairwise|mixed|mix_pool|recall|step|all] [--sizes 100,2048] [--json FILE] [--plot FILE] [--device cpu]
-    ./run.sh bench speedrun        see kernels/speedrun.py
-    ./run.sh bench readme          puts the tables of kernels/results/*.json into README.md
+    ./run.sh bench [pairwise|mixed|mix_pool|recall|step|all] [--sizes 100,2048] [--json FILE] [--deadline SECONDS]
 
-Every form of a case is run once and compared with the first before anything is timed; one that differs is shown as
-wrong and not timed, one whose package is missing as absent, one that runs out of memory as such. Then all forms take
-turns, on inputs that rotate, and the median counts, forward and backward together. "ours" is what the program itself
-picks: Triton on a GPU, PyTorch on a CPU. Rates count the arithmetic or the bytes that the problem needs at least, and
-stand beside what a large product or copy reaches in the same run.
-
-Memory is what a form takes beyond its inputs at its peak: of the allocator on a GPU, of the process on Linux.
+Every form of a case runs once and is compared with ours before anything is timed. Then all forms take turns on rotating
+inputs, and the median counts, forward and backward together. "ours" is what the program itself picks: Triton on a GPU,
+PyTorch on a CPU. A form that fails is a cell that says so. Rates count the arithmetic or the bytes that the problem
+needs at least; the ceilings are a large product and a large copy in the same run. Memory is the peak beyond the inputs.
 """
 
 import argparse
@@ -20,7 +15,6 @@ import importlib
 import itertools
 import json
 import os
-import pathlib
 import platform
 import statistics
 import sys
@@ -34,51 +28,34 @@ import kernels
 import losses
 import metrix
 import model as models
-from kernels import mix_pool
+from kernels import mix_pool, top_k
 
-D = 512
-INPUTS = 3  # sets of inputs that take turns
-SECONDS = 12  # for the slowest form of a case, about; up to 30 repetitions of each
-RESULTS = pathlib.Path(__file__).parent / "results"
-README = pathlib.Path(__file__).parent.parent / "README.md"
-
+D, INPUTS = 512, 3  # embedding size; sets of inputs that take turns
+SECONDS = 12  # per case, about; at most 30 repetitions of each form
+SIZES = {
+    "cpu": dict(pairwise=(100, 2048, 8192), mixed=(100, 300), mix_pool=(100,), recall=(5924, 20000), step=(100,)),
+    "cuda": dict(pairwise=(100, 4096, 16384, 65536), mixed=(100, 300, 1000), mix_pool=(100,), recall=(5924, 60502)),
+}
+SIZES["cuda"] |= dict(step=(100,))
 
 # ------------------------------------------------------------------------------------------ measuring
 
 
-class Absent(Exception):
-    """A package is not installed."""
-
-
-def package(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise Absent from None
-
-
-def synchronize(device):
+def seconds(form, k, device):
     if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        form(k)
+        end.record()
         torch.cuda.synchronize()
-
-
-def seconds(form, k, device, brief=False):
-    if brief:
-        form(k)  # so that nobody pays for the memory that the form before gave back
-    synchronize(device)
+        return start.elapsed_time(end) / 1000
     start = time.perf_counter()
     form(k)
-    synchronize(device)
     return time.perf_counter() - start
 
 
-def process_memory(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-
-def peak_memory(form, device):
-    """MiB that one call takes beyond what is there, or None where this system does not tell."""
+def peak_mib(form, device):
+    """MiB that one call needs beyond what is allocated; None where the system does not say."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -86,105 +63,80 @@ def peak_memory(form, device):
         form(0)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what earlier calls have freed
-        before = process_memory("VmRSS")
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return what earlier calls have freed
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # sets the peak to the present
+            file.write("5")  # reset the peak
     except OSError:
         return None
+    before = process_mib("VmRSS")
     form(0)
-    return (process_memory("VmHWM") - before) / 2**20
+    return process_mib("VmHWM") - before
 
 
-def limit_memory():
-    """Let an allocation that this machine cannot serve fail, instead of having the system kill the process."""
-    try:
-        import resource
-
-        with open("/proc/meminfo") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        resource.setrlimit(resource.RLIMIT_AS, (process_memory("VmSize") + int(0.9 * available), resource.RLIM_INFINITY))
-    except (ImportError, OSError, ValueError):
-        pass  # not Linux: the system does as it does
-
-
-def out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def process_mib(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
 
 
 def differs(result, expected, tolerance):
-    """Whether tensors differ by more than the tolerance, relative to the largest element of what is expected."""
-    for one, other in zip(result, expected):
-        scale = max(other.abs().max().item(), 1e-12)
-        if not (one.to(other) - other).abs().max().item() <= tolerance * scale:
-            return True
-    return False
+    """Whether any tensor differs by more than the tolerance times the largest expected element."""
+    pairs = ((one.double(), other.double()) for one, other in zip(result, expected))
+    return any(not (one - other).abs().max() <= tolerance * other.abs().max().clamp_min(1e-12) for one, other in pairs)
 
 
-def measured(case, device):
-    """A row: {"kernel", "case", "forms": {name: {"ms", "mib"} or {"told"}}, ..}."""
+def measure(case, device):
+    """{"kernel", "case", "size", "forms": {name: {"ms", "mib"} or {"failed"}}, "rate", "unit"}."""
     row = {name: case[name] for name in ("kernel", "case", "size")} | dict(forms={})
-    expected, valid, first = None, {}, {}
+    expected, valid, slowest = None, {}, 1e-3
     for name, form in case["forms"].items():
         try:
             result = form(0)
             if expected is not None and differs(result, expected, case["tolerance"]):
-                row["forms"][name] = dict(told="wrong")
+                row["forms"][name] = dict(failed="wrong")
                 continue
             expected = result if expected is None else expected
             start = time.perf_counter()
-            row["forms"][name] = dict(mib=peak_memory(form, device))
-            valid[name], first[name] = form, time.perf_counter() - start
-        except Absent:
-            row["forms"][name] = dict(told="absent")
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            row["forms"][name] = dict(told="out of memory")
+            row["forms"][name] = dict(mib=peak_mib(form, device))
+            slowest = max(slowest, time.perf_counter() - start)
+            valid[name] = form
+        except ImportError as error:
+            row["forms"][name] = dict(failed=f"{error.name} is not installed")
+        except Exception as error:  # out of memory, a compiler that is missing: the other forms go on
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+            row["forms"][name] = dict(failed="out of memory" if memory else type(error).__name__)
     times = {name: [] for name in valid}
-    longest = max(first.values(), default=0)
-    for turn in range(max(1, min(30, int(SECONDS / max(longest, 1e-3))))):
+    for turn in range(max(3, min(30, int(SECONDS / slowest)))):
         for name, form in valid.items():
-            times[name].append(seconds(form, turn % INPUTS, device, brief=first[name] < 0.1))
+            times[name].append(seconds(form, turn % INPUTS, device))
     for name in valid:
         row["forms"][name]["ms"] = 1000 * statistics.median(times[name])
-    if "ms" in row["forms"].get("ours", {}):
-        rate = case["work"] / row["forms"]["ours"]["ms"] * 1000
-        row["rate"], row["unit"] = rate / (1e12 if case["unit"] == "TFLOP/s" else 1e9), case["unit"]
+    if "ours" in valid and case["unit"]:
+        scale = 1e9 if case["unit"] == "TFLOP/s" else 1e6
+        row["rate"], row["unit"] = case["work"] / row["forms"]["ours"]["ms"] / scale, case["unit"]
     return row
 
 
 def ceilings(device):
-    """GB/s of a copy and TFLOP/s of a product, for each precision this device has."""
-    big = torch.randn(2**26 if device == "cuda" else 2**24, device=device)
-    target = torch.empty_like(big)
-    side = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, side, side, device=device)
-    forms = {"copy GB/s": (lambda k: target.copy_(big), 8 * len(big) / 1e9), "fp32 TFLOP/s": (lambda k: kernels.product(a, b), 2 * side**3 / 1e12)}
+    """GB/s of a large copy, and TFLOP/s of large products."""
+    big, side = torch.randn(2**26 if device == "cuda" else 2**24, device=device), 8192 if device == "cuda" else 2048
+    target, (a, b) = torch.empty_like(big), torch.randn(2, side, side, device=device)
+    flop = 2 * side**3 / 1e12
+    forms = {"GB/s": (lambda k: target.copy_(big), 8 * len(big) / 1e9)}
+    forms["TFLOP/s"] = (lambda k: kernels.product(a, b), flop)
     if device == "cuda":
         half, other = a.bfloat16(), b.bfloat16()
-        forms["bf16 TFLOP/s"] = (lambda k: half @ other, 2 * side**3 / 1e12)
-        forms["tf32 TFLOP/s"] = (lambda k: with_tf32(lambda: a @ b), 2 * side**3 / 1e12)
-    reached = {}
-    for name, (form, work) in forms.items():
-        seconds(form, 0, device)
-        reached[name] = work / statistics.median(seconds(form, 0, device) for _ in range(7))
-    return reached
-
-
-def with_tf32(function):
-    torch.set_float32_matmul_precision("high")
-    try:
-        return function()
-    finally:
-        torch.set_float32_matmul_precision("highest")
+        forms["bf16 TFLOP/s"] = (lambda k: half @ other, flop)
+    for form, _ in forms.values():
+        form(0)
+    medians = {name: statistics.median(seconds(form, 0, device) for _ in range(7)) for name, (form, _) in forms.items()}
+    return {name: forms[name][1] / median for name, median in medians.items()}
 
 
 # ---------------------------------------------------------------------------------------------- cases
 
 
 def clustered(B, per_class, device, k):
-    """Embeddings of length 1 in classes of `per_class`, neither collapsed nor separate, and labels."""
+    """Unit embeddings in classes of `per_class`, neither collapsed nor separate, and their labels."""
     generator = torch.Generator().manual_seed(k)
     y = torch.arange(B) // per_class
     z = torch.randn(B // per_class + 1, D, generator=generator)[y] + 1.5 * torch.randn(B, D, generator=generator)
@@ -192,81 +144,87 @@ def clustered(B, per_class, device, k):
 
 
 def gradient_of(function, z):
-    """[value, gradient] of a loss at z."""
     z = z.detach().requires_grad_()
     value = function(z)
     return [value.detach(), *torch.autograd.grad(value, z)]
 
 
-def switched(choice, many, function):
-    """The function with the kernels' choice, and on a CPU with kernels from `many` terms on, if it is given."""
+def in_torch(function):
+    """The function with the kernels' plain form."""
 
     def run(k):
-        before = kernels.choice, losses.MANY, losses.MANY_TRIPLETS
-        kernels.choice = choice
-        if many is not None:
-            losses.MANY = losses.MANY_TRIPLETS = many
+        before, kernels.choice = kernels.choice, "torch"
         try:
             return function(k)
         finally:
-            kernels.choice, losses.MANY, losses.MANY_TRIPLETS = before
+            kernels.choice = before
 
     return run
 
 
+def on_matrices(name, metric, z, y):
+    """A clean loss on whole matrices under autograd: what one writes first."""
+    z, same = F.normalize(z, dim=1), y[:, None] == y
+    if name == "proxyanchor":
+        s = F.normalize(metric.proxies, dim=1) @ z.T
+        same = torch.arange(len(s), device=y.device)[:, None] == y
+        pull = ((-metric.pa_alpha * (s - metric.pa_margin)).exp() * same).sum(1).log1p()
+        push = ((metric.pa_alpha * (s + metric.pa_margin)).exp() * ~same).sum(1).log1p()
+        return pull.sum() / same.any(1).sum() + push.mean()
+    s, positive = z @ z.T, same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    if name == "contrastive":
+        d = (2 - 2 * s).clamp_min(1e-12).sqrt()
+        hinge = (metric.neg_margin - d).relu() * ~same
+        return (d * positive).sum() / positive.sum().clamp_min(1) + hinge.sum() / (hinge > 0).sum().clamp_min(1)
+    kept_positive = positive & (s - metric.ms_epsilon < s.masked_fill(same, -9).amax(1, keepdim=True))
+    kept_negative = ~same & (s + metric.ms_epsilon > s.masked_fill(~positive, 9).amin(1, keepdim=True))
+    pull = ((-metric.ms_alpha * (s - metric.ms_base)).exp() * kept_positive).sum(1).log1p() / metric.ms_alpha
+    push = ((metric.ms_beta * (s - metric.ms_base)).exp() * kept_negative).sum(1).log1p() / metric.ms_beta
+    return (pull + push).mean()
+
+
+def pml_loss(name, metric, z, y):
+    """pytorch-metric-learning's loss and miner with the same definition."""
+    library = importlib.import_module("pytorch_metric_learning.losses")
+    if name == "contrastive":
+        return library.ContrastiveLoss(pos_margin=0, neg_margin=metric.neg_margin)(z, y)
+    if name == "multisimilarity":
+        miner = importlib.import_module("pytorch_metric_learning.miners").MultiSimilarityMiner(metric.ms_epsilon)
+        return library.MultiSimilarityLoss(metric.ms_alpha, metric.ms_beta, metric.ms_base)(z, y, miner(z, y))
+    loss = library.ProxyAnchorLoss(*metric.proxies.shape, margin=metric.pa_margin, alpha=metric.pa_alpha)
+    loss.proxies = metric.proxies
+    return loss(z, y)
+
+
 def pairwise_cases(device, sizes):
-    for name, B in itertools.product(("contrastive", "multisimilarity", "proxyanchor"), sizes or SIZES[device]["pairwise"]):
+    compiled = torch.compile(on_matrices, dynamic=False)
+    for name, B in itertools.product(metrix.LOSSES, sizes):
         inputs = [clustered(B, 4, device, k) for k in range(INPUTS)]
         torch.manual_seed(0)
         metric = metrix.LOSSES[name](B // 4 + 1, D).to(device)
+
+        def timed(loss, inputs=inputs):
+            return lambda k: gradient_of(lambda z: loss(z, inputs[k][1]), inputs[k][0])
+
+        forms = {"ours": timed(metric), "plain": in_torch(timed(metric))} if device == "cuda" else {"ours": timed(metric)}
+        forms["whole matrix"] = timed(lambda z, y, n=name, m=metric: on_matrices(n, m, z, y))
+        if B <= 4096:
+            forms["torch.compile"] = timed(lambda z, y, n=name, m=metric: compiled(n, m, z, y))
+        forms["pytorch-metric-learning"] = timed(lambda z, y, n=name, m=metric: pml_loss(n, m, z, y))
         columns = B // 4 + 1 if name == "proxyanchor" else B
-
-        def run(k, metric=metric, inputs=inputs):
-            z, y = inputs[k]
-            return gradient_of(lambda z: metric(z, y), z)
-
-        plain = torch.compile(metric.clean, dynamic=False)
-
-        def compiled(k, plain=plain, inputs=inputs):
-            z, y = inputs[k]
-            return gradient_of(lambda z: plain(F.normalize(z, dim=1), y), z)
-
-        def library(k, name=name, metric=metric, inputs=inputs):
-            loss, miner = pml(name, metric)
-            z, y = inputs[k]
-            return gradient_of(lambda z: loss(z, y, miner(z, y)) if miner else loss(z, y), z)
-
-        whole = switched("torch", 2**62, run)
-        forms = {"ours": switched("auto", None, run), "whole matrix": whole}
-        forms |= {"torch.compile": switched("torch", 2**62, compiled), "by rows": switched("torch", 0, run), "library": library}
-        work = 6 * columns * B * D  # the product, and backward again and once with the gradient of it
-        title = f"{name}, B={B:,}"
-        yield dict(kernel="pairwise", case=title, size=B, forms=forms, tolerance=1e-3, work=work, unit="TFLOP/s")
-
-
-def pml(name, metric):
-    """pytorch-metric-learning's loss and miner of the same definition."""
-    library, miners = package("pytorch_metric_learning.losses"), package("pytorch_metric_learning.miners")
-    if name == "contrastive":
-        return library.ContrastiveLoss(pos_margin=0, neg_margin=metric.neg_margin), None
-    if name == "multisimilarity":
-        loss = library.MultiSimilarityLoss(metric.ms_alpha, metric.ms_beta, metric.ms_base)
-        return loss, miners.MultiSimilarityMiner(metric.ms_epsilon)
-    loss = library.ProxyAnchorLoss(*metric.proxies.shape, margin=metric.pa_margin, alpha=metric.pa_alpha)
-    loss.proxies.data.copy_(metric.proxies.data)
-    return loss.to(metric.proxies.device), None
+        work = 6 * columns * B * D  # the product, and in the backward pass the product again and that with its gradient
+        yield dict(case=f"{name}, B={B:,}", size=B, forms=forms, tolerance=1e-3, work=work, unit="TFLOP/s")
 
 
 def mixed_cases(device, sizes):
-    for name, B in itertools.product(("contrastive", "multisimilarity", "proxyanchor"), sizes or SIZES[device]["mixed"]):
+    for name, B in itertools.product(metrix.LOSSES, sizes):
         inputs = [clustered(B, 5, device, k) for k in range(INPUTS)]
         torch.manual_seed(0)
         metric = metrix.LOSSES[name](B // 5 + 1, D).to(device)
-        pairing = "anchor-negative" if name == "proxyanchor" else "positive-negative"
+        pairing = metric.pairings[0]
 
-        def run(k, metric=metric, inputs=inputs, pairing=pairing):
-            z, y = inputs[k]
-            return gradient_of(lambda z: metric.mixed_embed(z, y, 0.4, pairing), z)
+        def ours(k, metric=metric, inputs=inputs, pairing=pairing):
+            return gradient_of(lambda z: metric.mixed_embed(z, inputs[k][1], 0.4, pairing), inputs[k][0])
 
         def built(k, metric=metric, inputs=inputs, pairing=pairing):
             z, y = inputs[k]
@@ -278,20 +236,20 @@ def mixed_cases(device, sizes):
 
             return gradient_of(loss, z)
 
-        forms = {"ours": switched("auto", None, run), "whole matrix": switched("torch", 2**62, run)}
-        forms |= {"by rows": switched("torch", 0, run), "bank built": switched("torch", 2**62, built)}
-        yield dict(kernel="mixed", case=f"{name}, B={B:,}", size=B, forms=forms, tolerance=1e-3, work=6 * B * B * D, unit="TFLOP/s")
+        forms = {"ours": ours, "plain": in_torch(ours)} if device == "cuda" else {"ours": ours}
+        forms["bank built"] = built
+        yield dict(case=f"{name}, B={B:,}", size=B, forms=forms, tolerance=1e-3, work=6 * B * B * D, unit="TFLOP/s")
 
 
 def mix_pool_cases(device, sizes):
-    for B in sizes or SIZES[device]["mix_pool"]:
+    for B in sizes:
         C, side = 2048, 7
-        y = torch.arange(B, device=device) // 5
-        i, j = losses.full_bank(y, "positive-negative")
-        kind = torch.bfloat16 if device == "cuda" else torch.float32
-        maps = [torch.randn(B, C, side, side, device=device).relu_().to(kind, memory_format=torch.channels_last) for _ in range(INPUTS)]
+        i, j = losses.full_bank(torch.arange(B, device=device) // 5, "positive-negative")
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        maps = [torch.randn(B, C, side, side, device=device).relu_().to(dtype) for _ in range(INPUTS)]
+        maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
 
-        def naive(features, i=i, j=j):  # max, not amax, which shares the gradient among the many zeros that tie
+        def naive(features, i=i, j=j):
             mixed = (0.4 * features[i] + 0.6 * features[j]).flatten(2)
             return mixed.mean(2) + mixed.max(2).values
 
@@ -299,199 +257,134 @@ def mix_pool_cases(device, sizes):
             return lambda k: gradient_of(lambda features: function(features).sum(), maps[k])
 
         ours = summed(lambda features, i=i, j=j: mix_pool.mix_pool(features, i, j, 0.4))
-        forms = {"ours": switched("auto", None, ours), "whole maps": summed(naive)}
-        forms |= {"torch.compile": summed(torch.compile(naive, dynamic=False)), "in chunks": switched("torch", None, ours)}
+        forms = {"ours": ours, "plain": in_torch(ours)} if device == "cuda" else {"ours": ours}
+        forms |= {"whole maps": summed(naive), "torch.compile": summed(torch.compile(naive, dynamic=False))}
         size = maps[0].element_size()
         work = 2 * size * maps[0].numel() + len(i) * C * (2 * size + 3)  # maps in and out; pooled, its gradient, bytes
-        yield dict(kernel="mix_pool", case=f"{B} maps of {C} x {side} x {side}, {len(i):,} pairs", size=B, forms=forms, tolerance=3e-2 if device == "cuda" else 1e-3, work=work, unit="GB/s")
+        title, tolerance = f"{B} maps of {C} x {side} x {side}, {len(i):,} pairs", 3e-2 if device == "cuda" else 1e-3
+        yield dict(case=title, size=B, forms=forms, tolerance=tolerance, work=work, unit="GB/s")
 
 
 def recall_cases(device, sizes):
     ks = (1, 10, 100, 1000)
-    for N in sizes or SIZES[device]["recall"]:
+    for N in sizes:
         inputs = [clustered(N, 5, device, k) for k in range(INPUTS)]
         most = min(1001, N)
 
-        def ours(k, inputs=inputs):
-            return [torch.tensor([*eval.recall_at_k(*inputs[k], ks=ks).values()])]
+        def hits(nearest, y):
+            """Recall from each query's nearest items, of which it is one."""
+            others = nearest != torch.arange(len(y), device=y.device)[:, None]
+            right = (y[nearest] == y[:, None]) & others
+            place = others.cumsum(1) - 1
+            return [torch.tensor([(right & (place < k)).any(1).double().mean().item() for k in ks])]
 
-        def from_lists(neighbours, y, ks=ks):
-            """From the nearest of each query, itself among them."""
-            others = neighbours != torch.arange(len(y), device=y.device)[:, None]
-            hits = (y[neighbours] == y[:, None]) & others
-            position = others.cumsum(1) - 1  # of each neighbour among the others
-            return [torch.tensor([(hits & (position < k)).any(1).double().mean().item() for k in ks])]
-
-        def faiss_search(k, inputs=inputs, most=most):
-            faiss = package("faiss")
-            z, y = inputs[k]
+        def by_faiss(k, inputs=inputs, most=most):
+            faiss = importlib.import_module("faiss")
             index = faiss.IndexFlatIP(D)
             if device == "cuda":
                 index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-            z = z.cpu().numpy()
+            z = inputs[k][0].cpu().numpy()
             index.add(z)
-            return from_lists(torch.from_numpy(index.search(z, most)[1]).to(y.device), y)
+            return hits(torch.from_numpy(index.search(z, most)[1]).to(device), inputs[k][1])
 
-        def by_top_k(k, inputs=inputs, most=most, step=1024):
+        def by_topk(k, inputs=inputs, most=most):
             z, y = inputs[k]
-            lists = [(part @ z.T).topk(most, dim=1).indices for part in z.split(step)]
-            return from_lists(torch.cat(lists), y)
+            return hits(torch.cat([(part @ z.T).topk(most, dim=1).indices for part in z.split(1024)]), y)
 
-        def whole(k, by_top_k=by_top_k, N=N):
-            return by_top_k(k, step=N)
-
-        def everything(k, inputs=inputs):
-            value = eval.evaluate(*inputs[k], ks=ks)
-            return [torch.tensor([*value["recall"].values()])]
-
-        forms = {"ours": ours, "ours, with MAP@R": everything, "whole matrix": whole, "by rows": by_top_k, "library": faiss_search}
-        yield dict(kernel="recall", case=f"recall@1..1000, N={N:,}", size=N, forms=forms, tolerance=2e-3, work=N * N * D, unit="TFLOP/s")
+        forms = {
+            "ours": lambda k, inputs=inputs: [torch.tensor([*eval.recall_at_k(*inputs[k], ks=ks).values()])],
+            "ours, k = 10 nearest": lambda k, inputs=inputs: top_k.top_k(inputs[k][0], k=10, exclude_self=True)[:0],
+            "ours, MAP@R": lambda k, inputs=inputs: [eval.map_at_r(*inputs[k])][:0],
+            "chunked topk": by_topk,
+            "faiss, exact": by_faiss,
+        }
+        yield dict(case=f"recall@1..1000, N={N:,}", size=N, forms=forms, tolerance=2e-3, work=N * N * D, unit="TFLOP/s")
 
 
 def step_cases(device, sizes):
-    """Whole training steps of the twelve cells on balanced batches: ResNet-50 at 224 px on a GPU, tiny at 64 px else."""
+    """Whole training steps: ResNet-50 at 224 px on a GPU, tiny at 64 px on a CPU."""
     net, pixels = ("resnet50", 224) if device == "cuda" else ("tiny", 64)
-    for B, loss in itertools.product(sizes or SIZES[device]["step"], metrix.LOSSES):
+    for B, loss in itertools.product(sizes, metrix.LOSSES):
         forms = {}
         for mode in metrix.MODES:
-            config = metrix.recipe_of("toy", loss, mode) | dict(net=net, image_size=pixels, batch_size=B, device=device)
-            config = metrix.Config(**config)
+            settings = metrix.recipe("toy", loss, mode) | dict(net=net, device=device)
+            config = metrix.Config(dataset="toy", loss=loss, mode=mode, **settings)
             torch.manual_seed(0)
-            model = models.ResNet(**models.NETS[net], embedding_size=D, bn="stats").to(device, memory_format=torch.channels_last)
-            metric = metrix.LOSSES[loss](B // 5, D).to(device)
-            optimizer = metrix.make_optimizer(model, metric, config)
-            y = torch.arange(B) // 5
-            images = torch.randn(B, 3, pixels, pixels, device=device).to(memory_format=torch.channels_last)
+            model = models.ResNet(**models.NETS[net], embedding_size=D).to(device, memory_format=torch.channels_last)
+            metric = metrix.LOSSES[loss](B // 5 + 1, D).to(device)
+            optimizer, y = metrix.make_optimizer(model, metric, config), torch.arange(B, device=device) // 5
+            images = torch.randn(B, 3, pixels, pixels, device=device).contiguous(memory_format=torch.channels_last)
 
             def run(k, config=config, model=model, metric=metric, optimizer=optimizer, images=images, y=y):
-                pairing = metric.pairings[k % len(metric.pairings)]
-                loss = metrix.step(model, metric, images, y, config, 0.4, pairing)
+                value = metrix.step(model, metric, images, y, config, 0.4, metric.pairings[k % len(metric.pairings)])
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                value.backward()
                 optimizer.step()
                 return []
 
             forms[mode] = run
-        yield dict(kernel="step", case=f"{loss}, {net}, {pixels} px, B={B}", size=B, forms=forms, tolerance=0, work=0, unit="")
+        title = f"{loss}, {net}, {pixels} px, B={B}"
+        yield dict(case=title, size=B, forms=forms, tolerance=0, work=0, unit="")
 
 
-CASES = dict(pairwise=pairwise_cases, mixed=mixed_cases, mix_pool=mix_pool_cases, recall=recall_cases, step=step_cases)
-SIZES = {
-    "cpu": dict(pairwise=(100, 2048, 8192), mixed=(100, 300), mix_pool=(100,), recall=(5924, 20000), step=(100,)),
-    "cuda": dict(
-        pairwise=(100, 1024, 4096, 16384, 65536),
-        mixed=(100, 500, 4000),
-        mix_pool=(100, 200),
-        recall=(5924, 60502, 1_000_000),
-        step=(100,),
-    ),
-}
-LIBRARY = dict(pairwise="pytorch-metric-learning", recall="faiss, exact, k=1001")
-
+CASES = dict(mix_pool=mix_pool_cases, mixed=mixed_cases, pairwise=pairwise_cases, recall=recall_cases, step=step_cases)
 
 # --------------------------------------------------------------------------------------------- output
 
 
 def machine(device):
-    """What these figures were measured on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
     for name in ("triton", "faiss", "pytorch_metric_learning"):
         try:
-            versions[name] = package(name).__version__
-        except Absent:
+            versions[name] = importlib.import_module(name).__version__
+        except ImportError:
             versions[name] = "absent"
-    if device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    else:
-        name = platform.processor()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as file:
-                name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-        hardware = f"{name}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return dict(hardware=hardware, device=device, date=datetime.date.today().isoformat(), versions=versions)
 
 
-def cell(form, base):
-    """A form's time, and how many times the base's it is."""
-    if "ms" not in form:
-        return form.get("told", "")
-    text = f"{form['ms']:.3g}" if form["ms"] < 1000 else f"{form['ms']:,.0f}"
-    return text if form is base or "ms" not in base else f"{text} ({form['ms'] / base['ms']:.3g}x)"
-
-
-def lines(rows, ceiling):
-    """The tables, as lists of cells, by kernel: a header, then a line a case."""
-    for kernel, group in itertools.groupby(rows, key=lambda row: row["kernel"]):
-        group = list(group)
-        names = [*group[0]["forms"]]
-        titles = [LIBRARY.get(kernel, name) if name == "library" else name for name in names]
-        header = [kernel, *(f"{title}, ms" for title in titles), "MiB, in this order"]
-        header += ["images/s, in this order"] if kernel == "step" else ["rate", "of ceiling"]
-        table = [header]
-        for row in group:
-            forms = [row["forms"].get(name, {}) for name in names]
-            cells = [row["case"], *(cell(form, forms[0]) for form in forms)]
-            cells.append(" / ".join(f"{form['mib']:,.0f}" if form.get("mib") is not None else "-" for form in forms))
-            if kernel == "step":
-                cells.append(" / ".join(f"{1000 * row['size'] / form['ms']:.0f}" for form in forms))
-            elif "rate" in row:
-                most = ceiling.get("copy GB/s" if row["unit"] == "GB/s" else "fp32 TFLOP/s")
-                cells += [f"{row['rate']:.3g} {row['unit']}", f"{100 * row['rate'] / most:.0f} %"]
-            else:
-                cells += ["", ""]
-            table.append(cells)
-        yield table
-
-
-def show(table):
-    widths = [max(len(line[n]) for line in table) for n in range(len(table[0]))]
-    for line in table:
-        print("  ".join(text.ljust(w) if n == 0 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths))))
-    print(flush=True)
-
-
-def plot(path, rows):
-    """Milliseconds of every form by size, a panel a case."""
+def cpu_name():
     try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        fail("--plot needs matplotlib, which is not installed")
-    series = {}
-    for row in rows:
-        for name, form in row["forms"].items():
-            if "ms" in form:
-                series.setdefault(f"{row['kernel']}: {row['case'].split(',')[0]}", {}).setdefault(name, []).append((row["size"], form["ms"]))
-    figure, panels = plt.subplots(1, len(series), figsize=(4 * len(series), 4), squeeze=False)
-    for panel, (title, forms) in zip(panels[0], series.items()):
-        for name, points in forms.items():
-            panel.plot(*zip(*sorted(points)), marker="o", label=name)
-        panel.set(title=title, xscale="log", yscale="log", xlabel="size", ylabel="ms")
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
-def readme():
-    """Replace what stands between the two marks in README.md by the tables of every file of results."""
-    from kernels import speedrun  # which imports this file
+def show(row, ceiling):
+    """A case's title and rate, and a line per form: ms, how many times as long as ours, MiB."""
+    rate = ""
+    if "rate" in row:
+        rate = f"   {row['rate']:.3g} {row['unit']}, {100 * row['rate'] / ceiling[row['unit']]:.0f} % of the ceiling"
+    print(f"\n{row['kernel']}: {row['case']}{rate}")
+    base = next(iter(row["forms"].values())).get("ms")
+    for name, form in row["forms"].items():
+        if "failed" in form:
+            print(f"  {name:26}{form['failed']:>12}")
+        else:
+            ratio = f"{form['ms'] / base:.2f} x" if base else ""
+            mib = "" if form["mib"] is None else f"{form['mib']:,.0f} MiB"
+            print(f"  {name:26}{form['ms']:9.3g} ms{ratio:>10}{mib:>13}")
 
-    begin, end = "<!-- results of ./run.sh bench: begin -->", "<!-- end -->"
-    text = README.read_text()
-    if begin not in text or end not in text:
-        fail(f"{README}: no place marked {begin} .. {end}")
-    parts = []
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        about = result["machine"]
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        reached = ", ".join(f"{name.split()[0]} {value:.3g} {name.split()[1]}" for name, value in result["ceilings"].items())
-        parts.append(f"**{about['hardware']}**, {about['date']} ({versions}). Ceilings in the same run: {reached}.")
-        tables = [speedrun.lines(result)] if "parts" in result else lines(result["rows"], result["ceilings"])
-        for header, *table in tables:
-            ruler = ["---"] + ["---:"] * (len(header) - 1)
-            parts.append("\n".join("| " + " | ".join(line) + " |" for line in (header, ruler, *table)))
-    before, after = text.split(begin)[0], text.split(end)[1]
-    README.write_text(before + begin + "\n" + "\n\n".join(parts) + "\n" + end + after)
+
+def parse(arguments):
+    parser = argparse.ArgumentParser("./run.sh bench")
+    parser.add_argument("what", nargs="?", default="all", choices=(*CASES, "all"))
+    parser.add_argument("--sizes", help="batch sizes, or numbers of embeddings for recall: 100,2048")
+    parser.add_argument("--json", help="file for the results; written after every case")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no case is started")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.error = fail
+    given = parser.parse_args(arguments)
+    try:
+        given.sizes = given.sizes and [int(size) for size in given.sizes.split(",")]
+    except ValueError:
+        fail(f"--sizes {given.sizes}: expected numbers such as 100,2048")
+    if given.json and not os.path.isdir(os.path.dirname(given.json) or "."):
+        fail(f"{given.json}: no such directory")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU")
+    return given
 
 
 def fail(message):
@@ -499,55 +392,27 @@ def fail(message):
     sys.exit(2)
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser("bench", description="Time the kernels against what else one could use.")
-    parser.add_argument("what", nargs="?", default="all", choices=(*CASES, "all", "readme"))
-    parser.add_argument("--sizes", help="batch sizes, or numbers of embeddings for recall: 100,2048")
-    parser.add_argument("--json", help="file to write the results to")
-    parser.add_argument("--plot", help="picture to draw of times by size; needs matplotlib")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.error = fail
-    given = parser.parse_args(arguments)
-    check_written(given.json, given.plot)
-    return given
-
-
-def check_written(*files):
-    """Fail before the work if there is no directory for what it is to write."""
-    for file in filter(None, files):
-        if not os.path.isdir(os.path.dirname(file) or "."):
-            fail(f"{file}: there is no such directory; make it, or name another")
-
-
 def main(arguments=None):
-    given = parse(arguments)
-    if given.what == "readme":
-        return readme()
-    try:
-        sizes = [int(size) for size in given.sizes.split(",")] if given.sizes else None
-        assert sizes is None or min(sizes) >= 10
-    except (ValueError, AssertionError):
-        fail(f"--sizes {given.sizes}: expected numbers from 10 on, such as 100,2048")
-    if given.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no GPU here")
+    start, given = time.perf_counter(), parse(arguments)
     torch.set_num_threads(torch.get_num_threads())
-    if given.device == "cpu":
-        limit_memory()
-    result = dict(machine=machine(given.device), ceilings=ceilings(given.device), rows=[])
-    print(f"{result['machine']['hardware']}; " + ", ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items()) + "\n")
-    started = time.perf_counter()
+    result = dict(machine=machine(given.device), ceilings=ceilings(given.device), rows=[], left_out=[])
+    reached = ", ".join(f"{value:.3g} {name}" for name, value in result["ceilings"].items())
+    print(f"{result['machine']['hardware']}; ceilings: {reached}")
     for what in CASES if given.what == "all" else [given.what]:
-        rows = [measured(case, given.device) for case in CASES[what](given.device, sizes)]
-        result["rows"] += rows
-        for table in lines(rows, result["ceilings"]):
-            show(table)
-    result["seconds"] = round(time.perf_counter() - started)
+        for case in CASES[what](given.device, given.sizes or SIZES[given.device][what]):
+            if time.perf_counter() - start > given.deadline:
+                result["left_out"].append(f"{what}: {case['case']}")
+                continue
+            result["rows"].append(measure(dict(kernel=what) | case, given.device))
+            show(result["rows"][-1], result["ceilings"])
+            if given.json:
+                metrix.write(given.json, json.dumps(result, indent=1))
+    if result["left_out"]:
+        print("\nleft out at the deadline: " + "; ".join(result["left_out"]))
+    result["seconds"] = round(time.perf_counter() - start)
     if given.json:
-        with metrix.replacing(given.json) as name, open(name, "w") as file:
-            print(json.dumps(result, indent=1), file=file)
-    if given.plot:
-        plot(given.plot, result["rows"])
-    print(json.dumps(result))
+        metrix.write(given.json, json.dumps(result, indent=1))
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":
