@@ -206,7 +206,9 @@ def pairwise_cases(device, sizes):
         def timed(loss, inputs=inputs):
             return lambda k: gradient_of(lambda z: loss(z, inputs[k][1]), inputs[k][0])
 
-        forms = {"ours": timed(metric), "plain": in_torch(timed(metric))} if device == "cuda" else {"ours": timed(metric)}
+        forms = {"ours": timed(metric)}
+        if device == "cuda":
+            forms["plain"] = in_torch(timed(metric))
         forms["whole matrix"] = timed(lambda z, y, n=name, m=metric: on_matrices(n, m, z, y))
         if B <= 4096:
             forms["torch.compile"] = timed(lambda z, y, n=name, m=metric: compiled(n, m, z, y))

@@ -99,13 +99,13 @@ def test_the_step_equals_its_formula_in_value_and_gradient(loss, mode):
 def test_triton_and_torch_agree_all_along_a_training_run(loss, mode, triton_device, monkeypatch):
     """Loss and gradient at the same parameters. Whole curves would part: ReLU and Adam amplify rounding."""
     config, net, metric = make(loss, mode, bn="stats")
-    net, metric, images = net.to(triton_device), metric.to(triton_device), IMAGES[:6].to(triton_device)
+    net, metric, images = net.to(triton_device), metric.to(triton_device), IMAGES[:6, :, :32, :32].to(triton_device)
     y = torch.tensor([0, 0, 1, 1, 2, 2], device=triton_device)
     optimizer, launches = metrix.make_optimizer(net, metric, config), []
     for file in (pairwise, mixed):
         form = file._triton_sums
         monkeypatch.setattr(file, "_triton_sums", lambda *a, form=form: launches.append(1) or form(*a))
-    for n in range(4):
+    for n in range(3):
         results = []
         for kernels.choice in ("torch", "triton"):
             launches.clear()
@@ -259,10 +259,8 @@ def test_a_run_with_its_own_gallery_ranks_queries_in_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("loss", ["multisimilarity", "proxyanchor"])
 def test_a_stopped_run_resumes_and_ends_with_the_same_bits(loss, tree, tmp_path, monkeypatch):
-    whole, stopped = command(tree, tmp_path / "whole", f"{loss} input", "--epochs 3"), command(
-        tree, tmp_path / "stopped", f"{loss} input", "--epochs 3"
-    )
-    metrix.main(whole)
+    stopped = command(tree, tmp_path / "stopped", f"{loss} input", "--epochs 3")
+    metrix.main(command(tree, tmp_path / "whole", f"{loss} input", "--epochs 3"))
     train_epoch = metrix.train_epoch
 
     def stop_in_the_third(epoch, *arguments):
@@ -323,7 +321,7 @@ def test_a_run_killed_again_and_again_ends_like_an_unbroken_one(tree, tmp_path):
         ("toy --epochs 0", "--epochs must be at least 1"),
         ("toy --bn on", "argument --bn: invalid choice: 'on'"),
         ("toy --epoch 3", "unrecognized arguments: --epoch 3"),
-        ("toy --batch-size 5", "--batch-size 5 must be a multiple of --images-per-class 5, two classes or more"),
+        ("toy --batch-size 5", "--batch-size 5 must be a multiple of --images-per-class 5, at least twice it"),
         ("toy --images-per-class 7", "--batch-size 100 must be a multiple of --images-per-class 7"),
         ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
         ("toy --device abacus", "--device abacus is not available"),
@@ -399,7 +397,7 @@ def run_sh(*arguments, cwd=None, **environment):
 
 
 def test_run_sh_names_an_unknown_word():
-    for arguments in (["tests"], ["toy", "triplet"], ["toy", "contrastive", "mixup"], ["toy", "contrastive", "feature", "now"]):
+    for arguments in (["tests"], ["toy", "contrastive", "feature", "now"]):
         result = run_sh(*arguments)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and arguments[-1] in result.stderr
 
