@@ -48,17 +48,19 @@ def _chunks(x, v):
     return slices(0, len(x), max(1, CHUNK // max(len(v), 1)))
 
 
-def _masks(s, row, column, r, mixed):
-    """(2, rows, N): positive and negative pairs of a chunk as 0.0 and 1.0. A CPU compares floats faster than integers."""
+def _pairs(x, v, row, column, mixed):
+    """Similarities (rows, N) of a chunk, and its positive and negative pairs (2, rows, N) as 0.0 and 1.0."""
+    s = product(x, v)
     masks = s.new_empty(2, *s.shape)
     positive, negative = masks
-    torch.ne(row[1, r, None], column[1], out=positive)
-    positive *= torch.eq(row[0, r, None], column[0], out=negative)
+    row, column = row.to(s.dtype), column.to(s.dtype)  # a CPU compares floats faster than integers
+    torch.ne(row[1, :, None], column[1], out=positive)
+    positive *= torch.eq(row[0, :, None], column[0], out=negative)
     if mixed:
         negative.copy_(positive)
     else:
         negative.neg_().add_(1)
-    return masks
+    return s, masks
 
 
 def _limits(s, masks, epsilon):
@@ -80,29 +82,29 @@ def _mine(s, masks, limits, dim):
 
 
 def _torch_sums(x, v, row, column, rho, epsilon, mixed):
-    """sums (4, R): pull, push and how many terms of each are not zero; and the mining limits (2, R) or None."""
+    """sums (4, R): pull, push and how many terms of each are not zero; and what the gradients need of them.
+
+    That is the mining limits (2, R) or None, and the pairs if they are a single chunk.
+    """
     sums, limits = x.new_empty(4, len(x)), None if epsilon is None else x.new_empty(2, len(x))
-    row, column = row.to(x.dtype), column.to(x.dtype)
-    for r in _chunks(x, v):
-        s = product(x[r], v)  # (rows, N)
-        masks = _masks(s, row, column, r, mixed)
+    chunks = _chunks(x, v)
+    for r in chunks:
+        s, masks = pairs = _pairs(x[r], v, row[:, r], column, mixed)
         if limits is not None:
             limits[:, r] = _limits(s, masks, epsilon)
             masks = _mine(s, masks, limits[:, r], 1)
         both = terms(s, rho).mul_(masks)  # (2, rows, N)
         sums[:2, r] = both.sum(2)
-        sums[2:, r] = torch.gt(both, 0, out=masks).sum(2)
-    return sums, limits
+        sums[2:, r] = both.gt_(0).sum(2)
+    return sums, limits, pairs if len(chunks) == 1 else None
 
 
-def _torch_gradients(x, v, row, column, rho, limits, mixed, grad):
+def _torch_gradients(x, v, row, column, rho, limits, pairs, mixed, grad):
     """dx and dv from grad (2, R) of pull and push. If v is None, the columns are x and dx is the whole gradient."""
     symmetric, v = v is None, x if v is None else v
-    row, column = row.to(x.dtype), column.to(x.dtype)
     dx, dv = torch.empty_like(x), None if symmetric else torch.zeros_like(v)
     for r in _chunks(x, v):
-        s = product(x[r], v)
-        masks = _masks(s, row, column, r, mixed)
+        s, masks = pairs or _pairs(x[r], v, row[:, r], column, mixed)
         weights = _mine(s, masks, None if limits is None else limits[:, r], 1) * grad[:, r, None]
         if symmetric:  # s[r,c] is also s[c,r]: add what it is to row c
             weights.addcmul_(_mine(s, masks, limits, 0), grad[:, None])
@@ -234,10 +236,10 @@ def _triton_sums(x, v, row, column, rho, epsilon, mixed):
     if epsilon is not None:
         limits = launch(EXTREMES, x, torch.empty_like(sums[:2]), mined=False)  # x: an argument that is not read
         limits += torch.tensor([[epsilon], [-epsilon]], device=x.device)
-    return launch(rho.kind, x if limits is None else limits, sums, mined=limits is not None), limits
+    return launch(rho.kind, x if limits is None else limits, sums, mined=limits is not None), limits, None
 
 
-def _triton_gradients(x, v, row, column, rho, limits, mixed, grad):
+def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad):
     """As _torch_gradients."""
     width, symmetric = x.shape[1], v is None
     x, v = padded(x, WIDTH), padded(x if v is None else v, WIDTH)
@@ -267,7 +269,7 @@ class _PairSums(torch.autograd.Function):
     def forward(ctx, x, v, row, column, rho, epsilon, mixed):
         ctx.triton = x.dtype != torch.float64 and use_triton(x)
         form = _triton_sums if ctx.triton else _torch_sums
-        sums, limits = form(x, x if v is None else v, row, column, rho, epsilon, mixed)
+        sums, limits, ctx.pairs = form(x, x if v is None else v, row, column, rho, epsilon, mixed)
         ctx.save_for_backward(x, v, row, column, limits)
         ctx.rho, ctx.mixed = rho, mixed
         pull, push, pulled, pushed = sums.unbind()
@@ -279,7 +281,8 @@ class _PairSums(torch.autograd.Function):
     def backward(ctx, pull_grad, push_grad, *_):
         x, v, row, column, limits = ctx.saved_tensors
         gradients = _triton_gradients if ctx.triton else _torch_gradients
-        dx, dv = gradients(x, v, row, column, ctx.rho, limits, ctx.mixed, torch.stack([pull_grad, push_grad]))
+        grad = torch.stack([pull_grad, push_grad])
+        dx, dv = gradients(x, v, row, column, ctx.rho, limits, ctx.pairs, ctx.mixed, grad)
         return dx.to(x.dtype), None if dv is None else dv.to(v.dtype), None, None, None, None, None
 
 
