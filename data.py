@@ -15,7 +15,6 @@ Training and test classes never overlap. An epoch's batches follow from (seed, e
 from a seed drawn with its index, so batches do not depend on the number of workers.
 """
 
-import functools
 import glob
 import os
 import tempfile
@@ -461,11 +460,5 @@ def open_image(path):
 
 def normalize(images):
     """uint8 (B, 3, H, W) -> float32, with ImageNet's mean and standard deviation."""
-    scale, shift = _scale_and_shift(images.device)
-    return images * scale + shift
-
-
-@functools.cache  # copying constants to the GPU in every step would synchronise it
-def _scale_and_shift(device):
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 3, 1, 1)
-    return 1 / (255 * std), -mean / std
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device)[:, :, None, None]
+    return (images / 255 - mean) / std

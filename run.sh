@@ -11,7 +11,7 @@ here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 case ${1:-toy} in
     cub | cars | sop | inshop | folder | toy | all | eval | bench | test | -*) ;;
-    *) echo "run.sh: unknown word '$1'; use cub, cars, sop, inshop, folder, toy, all, eval, bench or test" >&2; exit 2 ;;
+    *) echo "run.sh: unknown word '$1'; use cub, cars, sop, inshop, folder, toy, all, eval, bench, test" >&2; exit 2 ;;
 esac
 
 needed="torch, torchvision, numpy, PIL"
@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 if ! "$python" -c "import $needed" 2>/dev/null; then
     python="$here/.venv/bin/python"
     if ! "$python" -c "import $needed" 2>/dev/null; then
-        echo "The active Python lacks one of: $needed. Installing requirements.txt into $here/.venv (several GB, minutes)."
+        echo "The active Python lacks one of: $needed. Installing requirements.txt into $here/.venv: GBs, minutes."
         "${PYTHON:-python3}" -m venv "$here/.venv"
         "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
     fi

@@ -100,9 +100,9 @@ def _forward(
     maps, order, start, pooled, argmax, lam, rest, B, S, C, BI: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr
 ):
     # A program owns all pairs of BI first images with BJ second images, in BC channels. The bank is nearly the full
-    # grid of images, so a block reads (1/BI + 1/BJ) features a value where a program a pair would read 2: at the sizes above
-    # 0.5 GB from the L2 cache, which holds the maps, instead of 3.8. order[start[i*B+j] : start[i*B+j+1]] are the rows
-    # of pair (i, j): usually one, but a list may omit or repeat pairs.
+    # grid of images, so a block reads 1/BI + 1/BJ features a value, where a program per pair would read 2: at the sizes
+    # above 0.5 GB from the L2 cache, which holds the maps, instead of 3.8. order[start[i*B+j] : start[i*B+j+1]] are the
+    # rows of pair (i, j): usually one, but a list may omit or repeat pairs.
     across = tl.cdiv(B, BJ)
     i = tl.program_id(0) // across * BI + tl.arange(0, BI)
     j = tl.program_id(0) % across * BJ + tl.arange(0, BJ)
@@ -232,4 +232,3 @@ def mix_pool(features, i, j, lam):
     if features.shape[2:].numel() > 256:
         raise ValueError(f"feature maps of {tuple(features.shape[2:])} have more than 256 positions")
     return _MixPool.apply(features, i, j, lam)
-

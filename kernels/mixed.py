@@ -207,4 +207,3 @@ def embed_sums(W, S, y, a, p, lam, rho):
     of an anchor and a positive part. lam in [0, 1]. Differentiable in W and S.
     """
     return _EmbedSums.apply(W.contiguous(), S.contiguous(), y, a.contiguous(), p.contiguous(), float(lam), rho)
-

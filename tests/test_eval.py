@@ -120,7 +120,8 @@ def test_the_order_of_the_gallery_does_not_matter(case):
     z, y = case
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
     assert_same(everything(z[:40], y[:40], z, y), everything(z[:40], y[:40], z[order], y[order]))
-    for values, shuffled in zip(eval.per_query(z, y, everything=True), eval.per_query(z[order], y[order], everything=True)):
+    rankings = eval.per_query(z, y, everything=True), eval.per_query(z[order], y[order], everything=True)
+    for values, shuffled in zip(*rankings):
         torch.testing.assert_close(values[order], shuffled, equal_nan=True)
 
 
@@ -267,8 +268,9 @@ def write_run(directory, loss, mode, seed, share, epochs=60, logged=None):
 def test_runs_are_compared_by_seed(tmp_path, capsys):
     runs = []
     for seed, gain in enumerate((0.01, 0.02, 0.06)):
-        runs.append(write_run(tmp_path / f"b{seed}", "contrastive", "baseline", seed, 0.5 + 0.1 * seed))
-        runs.append(write_run(tmp_path / f"f{seed}", "contrastive", "feature", seed, 0.5 + 0.1 * seed + gain, epochs=100))
+        base = 0.5 + 0.1 * seed
+        runs.append(write_run(tmp_path / f"b{seed}", "contrastive", "baseline", seed, base))
+        runs.append(write_run(tmp_path / f"f{seed}", "contrastive", "feature", seed, base + gain, epochs=100))
     runs.append(write_run(tmp_path / "f3", "contrastive", "feature", 3, 0.9, epochs=100))  # without a baseline: no gain
     eval.main(runs)
     out = capsys.readouterr().out

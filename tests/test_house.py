@@ -25,8 +25,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            files = {f"kernels.{alias.name}" for alias in node.names if (ROOT / "kernels" / f"{alias.name}.py").exists()}
-            names |= files if node.module == "kernels" and files else {node.module}
+            files = {alias.name for alias in node.names} & {path.stem for path in (ROOT / "kernels").glob("*.py")}
+            names |= {f"kernels.{name}" for name in files} if node.module == "kernels" and files else {node.module}
     return names
 
 
@@ -60,10 +60,10 @@ def test_the_readme_names_every_file():
 
 def expand(line):
     """A command for every {a|b} in a line."""
-    choice = re.search(r"\{([^{}]+)\}", line)
+    before, choice, after = [*re.split(r"\{([^{}]+)\}", line, maxsplit=1), "", ""][:3]
     if not choice:
         return [line]
-    return [one for word in choice[1].split("|") for one in expand(line[: choice.start()] + word + line[choice.end() :])]
+    return [command for word in choice.split("|") for command in expand(before + word + after)]
 
 
 def test_every_printed_command_is_understood(capsys):

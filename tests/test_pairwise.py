@@ -117,7 +117,10 @@ def dense_embed_sums(W, S, y, a, p, lam, rho):
     return [W.new_zeros(len(W)).index_add(0, a, part.sum(1).to(W.dtype)) for part in parts]
 
 
-@pytest.mark.parametrize("batch, rho", [("odd", "hinge"), ("odd", "exponential"), ("singletons", "hinge"), ("two", "hinge")])
+ODD = [("odd", "hinge"), ("odd", "exponential"), ("singletons", "hinge"), ("two", "hinge")]
+
+
+@pytest.mark.parametrize("batch, rho", ODD)
 def test_embed_sums_equal_matrices_in_both_forms(batch, rho, triton_device, monkeypatch):
     monkeypatch.setattr(mixed, "CHUNK", 500)
     *arguments, lam = triplets(BATCHES[batch], triton_device, dtype=torch.float64)

@@ -63,7 +63,8 @@ def test_several_processes_train_like_one_in_all_cells(world_size, tmp_path):
 @pytest.mark.slow
 def test_run_sh_starts_several_processes_and_one_can_resume(tmp_path, write_tree):
     tree = write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)})
-    flags = f"folder multisimilarity input --data-root {tree} {SMALL} --batch-size 6 --images-per-class 2 --epochs 2 --lr 1e-5"
+    batch = "--batch-size 6 --images-per-class 2"
+    flags = f"folder multisimilarity input --data-root {tree} {SMALL} {batch} --epochs 2 --lr 1e-5"
     environment = dict(cwd=tmp_path, OMP_NUM_THREADS="1")
     for world_size in (1, 3):
         result = run_sh(*flags.split(), "--out", f"of{world_size}", NPROC=str(world_size), **environment)
