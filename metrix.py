@@ -509,9 +509,9 @@ def describe(config):
 def describe_data(config, splits):
     """Sizes, and a warning if results will not be comparable with published ones."""
     parts = [f"{name}: {len(s)} images of {len(s.classes)} classes" for name, s in splits._asdict().items()]
-    print("  data     " + ", ".join(parts))
+    print("  " + ", ".join(parts))
     if lone := data.lone_queries(splits):
-        print(f"           {lone} queries have no other image of their class and are left out")
+        print(f"  {lone} queries have no other image of their class and are left out")
     full, found = data.FULL.get(config.dataset), data.sizes(splits)
     if full and full != found and not config.validation:
         print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")

@@ -246,6 +246,13 @@ def test_a_run_is_evaluated_again_from_its_checkpoints(tree, tmp_path, capsys):
     assert f"{100 * last['map_at_r']:.2f}" in capsys.readouterr().out
 
 
+def test_every_epoch_draws_other_batches(tree, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(metrix, "train_epoch", lambda *a: drawn.append([y.tolist() for _, y in a[4]]) or 0.0)
+    metrix.main(command(tree, tmp_path / "run"))
+    assert len(drawn) == 2 and drawn[0] != drawn[1]
+
+
 def test_validation_leaves_the_test_classes_unseen(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     batch = "--batch-size 4 --images-per-class 2"
