@@ -413,6 +413,24 @@ def test_run_sh_names_an_unknown_word():
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "tests" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "words, processes, starts",
+    [
+        ("test", 1, "-m pytest -q -m not slow tests"),
+        ("test --slow -x", 1, "-m pytest -q -m slow tests -x"),
+        ("bench pairwise", 1, "-m kernels.bench pairwise"),
+        ("toy contrastive --lr 1", 1, f"{ROOT}/metrix.py toy contrastive --lr 1"),
+        ("toy", 2, f"-m torch.distributed.run --standalone --nproc-per-node=2 {ROOT}/metrix.py toy"),
+        ("all toy --seeds 0 --lr 1", 1, f"{ROOT}/eval.py"),
+    ],
+)
+def test_run_sh_starts_what_it_is_asked_for(words, processes, starts, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "python").chmod(0o755)
+    result = run_sh(*words.split(), PYTHON=str(tmp_path / "python"), NPROC=str(processes))
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == starts
+
+
 @pytest.mark.slow
 def test_run_sh_all_runs_every_cell_and_prints_the_table(tree, tmp_path):
     flags = f"--data-root {tree} {SMALL} {SMALL_BATCH} --epochs 1".split()
