@@ -9,11 +9,6 @@
 set -euo pipefail
 here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
-case ${1:-toy} in
-    cub | cars | sop | inshop | folder | toy | all | eval | bench | test | -*) ;;
-    *) echo "run.sh: unknown word '$1'; use cub, cars, sop, inshop, folder, toy, all, eval, bench, test" >&2; exit 2 ;;
-esac
-
 needed="torch, torchvision, numpy, PIL"
 [[ ${1:-} == test ]] && needed+=", pytest, scipy"
 python=${PYTHON:-python3}

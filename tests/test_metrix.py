@@ -408,11 +408,6 @@ def run_sh(*arguments, cwd=None, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-def test_run_sh_names_an_unknown_word():
-    result = run_sh("tests")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "tests" in result.stderr
-
-
 @pytest.mark.parametrize(
     "words, processes, starts",
     [
