@@ -138,7 +138,7 @@ def test_an_epoch_draws_lam_and_pairing_and_keeps_the_schedule(monkeypatch):
     metric.pairings = losses.PAIRINGS
     config.lr_step, config.lr_gamma, config.lr, config.clip, config.weight_decay = 2, 0.1, 1e-3, 1e-4, 0.0
     optimizer = metrix.make_optimizer(net, metric, config)
-    assert [group["base_lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-2])
+    assert [group["base_lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 3e-2])
     drawn, gradients = [], []
 
     def step(model, metric, images, y, config, lam, pairing):
@@ -151,7 +151,7 @@ def test_an_epoch_draws_lam_and_pairing_and_keeps_the_schedule(monkeypatch):
     for epoch in range(3):
         metrix.train_epoch(epoch, net, metric, optimizer, batches, config)
         lr = 1e-3 * 0.1 ** (epoch // 2)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, 10 * lr])
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, 30 * lr])
     assert max(gradients) == pytest.approx(1e-4)
     lams = torch.tensor([lam for lam, _ in drawn])
     assert len(lams.unique()) == 120 and abs(lams.mean() - 0.5) < 0.07  # Beta(2, 2): mean 1/2, variance 1/20
