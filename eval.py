@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from kernels import TILE, product, slices
+from kernels import TILE, chunks, product, slices
 from kernels.recall import TIE, by_label, ranks
 from kernels.top_k import HELD, select, top_k
 
@@ -100,7 +100,7 @@ def _rank_from_rows(query, query_labels, gallery, gallery_labels, shard):
     size = last - first - (s.own >= 0).long()  # (Q,), R of each query
     rank = torch.full_like(size, -1)
     precision = torch.full((2, len(size)), torch.nan, dtype=torch.float64, device=size.device)
-    for rows in slices(0, len(size), max(1, HELD // len(s.gallery))):
+    for rows in chunks(len(size), len(s.gallery), HELD, size.device):
         R, labels, at = size[rows, None], s.query_labels[rows], s.order[rows]
         if not R.any():
             continue  # lone queries
@@ -125,11 +125,12 @@ def summary(ranking, ks=()):
     if not all(isinstance(k, (int, np.integer)) and k > 0 for k in ks):
         raise ValueError(f"ks must be positive integers, got {ks}")
     found = ranking.rank >= 0
-    queries = int(found.sum())
+    counts = [found.sum(), *((found & (ranking.rank < k)).sum() for k in ks)]
+    queries, *hits = torch.stack(counts).tolist()  # one synchronisation
     if not queries:
         raise ValueError("no query has another item of its class to find")
     result = dict(queries=queries, lone_queries=len(found) - queries)
-    result["recall"] = {k: int((ranking.rank[found] < k).sum()) / queries for k in ks}
+    result["recall"] = {k: hit / queries for k, hit in zip(ks, hits)}
     if ranking.average_precision is not None:
         result["map_at_r"] = ranking.average_precision[found].mean().item()
         result["r_precision"] = ranking.r_precision[found].mean().item()
@@ -183,7 +184,7 @@ def utilization(test, train):
     if not len(test) or not len(train) or test.shape[1] != train.shape[1]:
         raise ValueError(f"utilization: {tuple(test.shape)} test and {tuple(train.shape)} training embeddings")
     total = 0.0
-    for rows in slices(0, len(test), max(1, HELD // len(train))):
+    for rows in chunks(len(test), len(train), HELD, test.device):
         nearest = _square_distances(test[rows], train).argmin(1)
         total += (test[rows].double() - train[nearest].double()).square().sum().item()
     return total / len(test)

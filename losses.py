@@ -94,7 +94,7 @@ def _exponential(pull_scale, pull_base, push_scale, push_base):
     largest = max(pull_scale * (1 + pull_base), push_scale * (1 - push_base))
     if largest > MAX_EXPONENT:
         raise ValueError(f"exponents would reach {largest:.0f}, above {MAX_EXPONENT}; use smaller scales")
-    return Rho(EXPONENTIAL, pull_scale, pull_base, push_scale, push_base)
+    return Rho(EXPONENTIAL, *map(float, (pull_scale, pull_base, push_scale, push_base)))
 
 
 def _full_precision(method):
@@ -115,16 +115,25 @@ def _full_precision(method):
 
 
 class MetricLoss(nn.Module):
-    """A loss with the batch itself as anchors. A subclass sets `rho` and writes `from_sums`; see Contrastive."""
+    """A loss with the batch itself as anchors. A subclass sets `rho` and writes `from_sums`; see Contrastive.
+
+    precision: "bf16" rounds the embeddings of pairs to bfloat16, for speed on a GPU; kernels/pairwise.py has the errors.
+    """
 
     pairings = PAIRINGS  # training draws one of these each step
     epsilon = None  # with a number, clean pairs are mined; see kernels/pairwise.py
+
+    def __init__(self, precision="fp32"):
+        super().__init__()
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {precision!r}; choose fp32 or bf16")
+        self.precision = precision
 
     @_full_precision
     def forward(self, z, y):
         """Clean loss (scalar) of embeddings z (B, D) with labels y (B,)."""
         keys = torch.stack([y, _arange(y)])  # (2, B)
-        return self.from_sums(*pair_sums(z, None, keys, keys, self.rho, self.epsilon))
+        return self.from_sums(*self.pair_sums(z, None, keys, keys, self.rho, self.epsilon))
 
     @_full_precision
     def mixed(self, z, y, v, i, lam, pairing):
@@ -132,7 +141,7 @@ class MetricLoss(nn.Module):
         if len(v) != len(i):
             raise ValueError(f"a bank of {len(v)} embeddings with {len(i)} indices")
         anchors, rows, columns = self.anchors(z, y, i, pairing)
-        sums = pair_sums(anchors, _unit(v).to(z.dtype), rows, columns, self.rho, mixed=True)
+        sums = self.pair_sums(anchors, _unit(v).to(z.dtype), rows, columns, self.rho, mixed=True)
         return self.from_sums(*sums, lam)
 
     @_full_precision
@@ -141,6 +150,11 @@ class MetricLoss(nn.Module):
         anchors, rows, columns = self.anchors(z, y, _arange(y), pairing)
         a, p = in_bank(rows, columns).nonzero(as_tuple=True)  # (R,)
         return self.from_sums(*embed_sums(anchors @ z.T, z @ z.T, y, a, p, lam, self.rho), lam)
+
+    def pair_sums(self, x, v, *rest, **options):
+        if self.precision == "bf16":
+            x, v = x.bfloat16(), None if v is None else v.bfloat16()
+        return pair_sums(x, v, *rest, **options)
 
     def anchors(self, z, y, i, pairing):
         """Anchors (A, D), their keys (2, A) and those of bank entries with first example i (2, M). See `in_bank`."""
@@ -163,8 +177,8 @@ class Contrastive(MetricLoss):
     mean_nz d(a,p) + mean_nz relu(neg_margin - d(a,n)): d is the Euclidean distance, mean_nz the mean of the terms > 0.
     """
 
-    def __init__(self, neg_margin=0.5):
-        super().__init__()
+    def __init__(self, neg_margin=0.5, precision="fp32"):
+        super().__init__(precision)
         self.neg_margin = neg_margin
         self.rho = Rho(HINGE, push_base=neg_margin)
 
@@ -181,8 +195,8 @@ class MultiSimilarity(MetricLoss):
     Clean pairs are mined: positives with s - epsilon < max_n s(a,n), negatives with s + epsilon > min_p s(a,p).
     """
 
-    def __init__(self, ms_alpha=17.97, ms_beta=75.66, ms_base=0.77, ms_epsilon=0.39):
-        super().__init__()
+    def __init__(self, ms_alpha=17.97, ms_beta=75.66, ms_base=0.77, ms_epsilon=0.39, precision="fp32"):
+        super().__init__(precision)
         self.ms_alpha, self.ms_beta, self.ms_base, self.ms_epsilon = ms_alpha, ms_beta, ms_base, ms_epsilon
         self.rho, self.epsilon = _exponential(ms_alpha, ms_base, ms_beta, ms_base), ms_epsilon
 
@@ -202,8 +216,8 @@ class ProxyAnchor(MetricLoss):
 
     pairings = ("anchor-negative",)  # its banks hold every example: singletons also have a proxy
 
-    def __init__(self, num_classes, embedding_size, pa_alpha=32, pa_margin=0.1):
-        super().__init__()
+    def __init__(self, num_classes, embedding_size, pa_alpha=32, pa_margin=0.1, precision="fp32"):
+        super().__init__(precision)
         self.rho = _exponential(pa_alpha, pa_margin, pa_alpha, -pa_margin)
         self.pa_alpha, self.pa_margin = pa_alpha, pa_margin
         self.proxies = nn.Parameter(torch.empty(num_classes, embedding_size))  # (P, D)
@@ -212,7 +226,7 @@ class ProxyAnchor(MetricLoss):
     @_full_precision
     def forward(self, z, y):
         proxies, rows, columns = self.with_keys(self.proxies, _arange(self.proxies), z, self.check(z, y))
-        return self.from_sums(*pair_sums(proxies, z, rows, columns, self.rho))
+        return self.from_sums(*self.pair_sums(proxies, z, rows, columns, self.rho))
 
     def anchors(self, z, y, i, pairing):
         """The proxies of the batch's classes: no other proxy sees a mixed example."""

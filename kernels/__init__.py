@@ -1,10 +1,11 @@
 """Fused kernels for the places where metric learning spends its time: one file each, plain tensors in and out.
 
 Every public function has a plain PyTorch form and a Triton form with the same signature. `choice`, set by --kernels,
-picks one: "torch", "triton", or "auto", which uses Triton for tensors on a GPU. This file holds what the kernels share:
-the switch, tiled products, and the terms that a pair of embeddings adds to a loss.
+picks one: "torch", "triton", or "auto", which uses Triton on a GPU where there is enough to do. This file holds what
+the kernels share: the switch, launches, tiled products, and the terms that a pair of embeddings adds to a loss.
 """
 
+import contextlib
 import os
 import types
 from typing import NamedTuple
@@ -17,25 +18,50 @@ try:
 
     jit = triton.jit
 except ImportError:  # no Triton for this platform
-    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
+    triton, tl = None, types.SimpleNamespace(constexpr=None)
+
+    def jit(function=None, **_):
+        return function or jit
+
 
 CHOICES = ("auto", "torch", "triton")
 choice = "auto"
+# Terms (pairs, triplets, mixed features) below which "auto" stays with PyTorch on a GPU too: its matrices then fit in
+# the L2 cache, and a kernel whose programs own rows would not fill the chip. By counting instructions; not measured.
+PLAIN_BELOW = 2**24
 TILE = 1024  # rows and columns of similarities at a time: 4 MiB
 # Multiplications from which a CPU product goes to oneDNN: up to twice MKL's speed on AMD, but slower to start.
 ONEDNN_FROM = 2**25 if torch.backends.mkldnn.is_available() else float("inf")
 
 
-def use_triton(tensor):
-    """Whether to run the Triton form on this tensor. Raises ValueError if it was asked for and cannot run."""
+def use_triton(tensor, terms=PLAIN_BELOW):
+    """Whether to run the Triton form on this tensor, never for float64.
+
+    Raises ValueError if it was asked for and cannot run.
+    """
     if choice == "auto":
-        return tensor.is_cuda and triton is not None
+        return tensor.is_cuda and triton is not None and terms >= PLAIN_BELOW and tensor.dtype != torch.float64
     if choice == "triton":
         if triton is None:
             raise ValueError("--kernels triton: Triton is not installed; use --kernels torch")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("--kernels triton: no GPU; set TRITON_INTERPRET=1 to run the kernels, slowly, on the CPU")
-    return choice == "triton"
+    return choice == "triton" and tensor.dtype != torch.float64
+
+
+def launch(kernel, grid, *arguments, **options):
+    """Run a kernel on the device of its first argument."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+def chip(device):
+    """Multiprocessors and compute capability of a GPU; for the interpreter, few enough to share columns among them."""
+    if device.type != "cuda":
+        return 5, 9
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
 
 
 def product(rows, cols):
@@ -54,25 +80,14 @@ def slices(start, stop, size):
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
+def chunks(rows, width, terms, device):
+    """Slices of rows of so many terms on a CPU, for its caches, and of 2^26 on a GPU, where each slice is launches."""
+    return slices(0, rows, max(1, (terms if device.type == "cpu" else 2**26) // max(width, 1)))
+
+
 def padded(z, multiple):
     """z with zero columns up to a multiple: the kernels then need no mask along D, and loads are wide."""
     return torch.nn.functional.pad(z, (0, -z.shape[1] % multiple)).contiguous()
-
-
-@jit
-def similarities(x, v, r, c, R, N, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """(BM, BN) inner products of rows r of x and rows c of v; D is a multiple of BK."""
-    s = tl.zeros((BM, BN), tl.float32)
-    k = tl.arange(0, BK)
-    x += r.to(tl.int64)[:, None] * D + k[None, :]
-    v += c.to(tl.int64)[None, :] * D + k[:, None]
-    for _ in range(0, D, BK):
-        a = tl.load(x, mask=(r < R)[:, None], other=0.0)  # (BM, BK)
-        b = tl.load(v, mask=(c < N)[None, :], other=0.0)  # (BK, BN)
-        s = tl.dot(a, b, s, input_precision=PRECISION)
-        x += BK
-        v += BK
-    return s
 
 
 # ---------------------------------------------------------------------------------- terms of a pair
@@ -125,7 +140,7 @@ def slopes(s, rho):
 def term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
     """`terms` of a tile."""
     if KIND == 0:
-        d = tl.sqrt_rn(tl.maximum(2.0 - 2.0 * s, 1e-12))
+        d = tl.sqrt(tl.maximum(2.0 - 2.0 * s, 1e-12))
         return d, tl.maximum(push_base - d, 0.0)
     else:
         return tl.exp(-pull_scale * (s - pull_base)), tl.exp(push_scale * (s - push_base))
@@ -136,7 +151,7 @@ def slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constex
     """`slopes` of a tile."""
     if KIND == 0:
         square = 2.0 - 2.0 * s
-        slope = tl.where(square > 1e-12, -1.0 / tl.sqrt_rn(tl.maximum(square, 1e-12)), 0.0)
+        slope = tl.where(square > 1e-12, -tl.rsqrt(tl.maximum(square, 1e-12)), 0.0)
         margin = tl.maximum(push_base, 0.0)
         return slope, tl.where(square < margin * margin, -slope, 0.0)
     else:

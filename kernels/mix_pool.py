@@ -17,21 +17,21 @@ Shapes: B images, C channels, S = h*w positions, M pairs, K pairs of one chunk.
 
 import torch
 
-from kernels import jit, slices, tl, triton, use_triton
+from kernels import chunks, jit, launch, tl, triton, use_triton
 
 CHUNK = 2**17  # values (pairs x channels) at a time on a CPU: five float32 arrays of them stay in a core's L2 cache
 
 # ------------------------------------------------------------------------------------------- PyTorch
 
 
-def torch_forward(features, i, j, lam):
+def torch_forward(features, i, j, lam, in_order=False):
     """pooled (M, C), and argmax (M, C) as bytes: the first position of the maximum."""
     maps = features.flatten(2).permute(2, 0, 1).contiguous().to(_compute_type(features))  # (S, B, C)
     mean = maps.mean(0)  # (B, C)
     pooled = features.new_empty(len(i), features.shape[1])  # (M, C)
     argmax = torch.empty(pooled.shape, dtype=torch.uint8, device=features.device)
     first, second = lam * maps, (1 - lam) * maps
-    for k in _chunks(pooled):
+    for k in chunks(*pooled.shape, CHUNK, pooled.device):
         largest, position = _max_of_sum(first, second, i[k], j[k])
         pooled[k] = largest + lam * mean[i[k]] + (1 - lam) * mean[j[k]]
         argmax[k] = position
@@ -44,7 +44,7 @@ def torch_backward(grad, argmax, i, j, lam, shape):
     mean_grad = grad.new_zeros(B, C, dtype=_compute_type(grad))
     features_grad = grad.new_zeros(h * w, B, C, dtype=_compute_type(grad))
     flat, channel = features_grad.view(-1), torch.arange(C, device=grad.device)
-    for k in _chunks(grad):
+    for k in chunks(*grad.shape, CHUNK, grad.device):
         place = argmax[k].long() * (B * C) + channel  # (K, C)
         for image, weight in ((i[k], lam), (j[k], 1 - lam)):
             share = weight * grad[k].to(_compute_type(grad))  # (K, C)
@@ -57,10 +57,6 @@ def torch_backward(grad, argmax, i, j, lam, shape):
 def _compute_type(x):
     """At least float32: in bfloat16 different maxima would tie, and sums of many small shares would lose them."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _chunks(rows):
-    return slices(0, len(rows), max(1, CHUNK // rows.shape[1]))
 
 
 def _max_of_sum(first, second, i, j):
@@ -143,17 +139,17 @@ def _forward(
         tl.store(argmax + place, position, mask=real)
 
 
-def triton_forward(features, i, j, lam):
+def triton_forward(features, i, j, lam, in_order=False):
     """As torch_forward."""
     B, C, h, w = features.shape
     # Channels last, as the trunk computes them on a GPU. Other layouts are copied: cheaper than strided reads.
     maps = features.flatten(2).permute(0, 2, 1).contiguous()  # (B, S, C)
     pooled = features.new_empty(len(i), C)
     argmax = torch.empty(pooled.shape, dtype=torch.uint8, device=features.device)
-    order, start = _grouped(i * B + j, B * B)
+    order, start = _grouped(i * B + j, B * B, in_order)
     grid = (triton.cdiv(B, FORWARD["BI"]) * triton.cdiv(B, FORWARD["BJ"]), triton.cdiv(C, FORWARD["BC"]))
     options = dict(num_warps=_warps(C), enable_fp_fusion=False)  # rounds as PyTorch does: the same position wins
-    _forward[grid](maps, order, start, pooled, argmax, lam, 1 - lam, B, h * w, C, **FORWARD, **options)
+    launch(_forward, grid, maps, order, start, pooled, argmax, lam, 1 - lam, B, h * w, C, **FORWARD, **options)
     return pooled, argmax
 
 
@@ -168,7 +164,7 @@ def _backward(grad, argmax, order, start, maps_grad, lam, rest, M, S, C, BS: tl.
     s = tl.arange(0, BS)
     at_max = tl.zeros((BS, BC), tl.float32)
     total = tl.zeros((BC,), tl.float32)
-    for n in range(tl.load(start + b), tl.load(start + b + 1)):
+    for n in tl.range(tl.load(start + b), tl.load(start + b + 1), num_stages=3):  # loads run ahead
         entry = tl.load(order + n)
         k = tl.where(entry < M, entry, entry - M).to(tl.int64)
         g = tl.where(entry < M, lam, rest) * tl.load(grad + k * C + c, mask=c < C, other=0).to(tl.float32)
@@ -187,16 +183,16 @@ def triton_backward(grad, argmax, i, j, lam, shape):
     order, start = _grouped(torch.cat([i, j]), B)
     blocks, options = _backward_blocks(h * w), dict(num_warps=_warps(C), enable_fp_fusion=False)
     args = (grad.contiguous(), argmax, order, start, maps_grad, lam, 1 - lam, len(i), h * w, C)
-    _backward[B, triton.cdiv(C, blocks["BC"])](*args, **blocks, **options)
+    launch(_backward, (B, triton.cdiv(C, blocks["BC"])), *args, **blocks, **options)
     return maps_grad.permute(0, 2, 1).unflatten(2, (h, w))
 
 
-def _grouped(key, groups):
+def _grouped(key, groups, in_order=False):
     """The order that sorts the keys, and where the run of each key in 0 .. groups-1 starts and the last one ends.
 
     int32 (there are fewer than 2**30 pairs) leaves registers for a fourth program per multiprocessor.
     """
-    key, order = key.sort(stable=True)
+    key, order = (key, torch.arange(len(key), device=key.device)) if in_order else key.sort(stable=True)
     return order.int(), torch.searchsorted(key, torch.arange(groups + 1, device=key.device), out_int32=True)
 
 
@@ -205,8 +201,9 @@ def _grouped(key, groups):
 
 class _MixPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, i, j, lam):
-        pooled, argmax = (triton_forward if _runs_triton(features) else torch_forward)(features, i, j, lam)
+    def forward(ctx, features, i, j, lam, in_order):
+        ctx.triton = use_triton(features, len(i) * features.shape[1])
+        pooled, argmax = (triton_forward if ctx.triton else torch_forward)(features, i, j, lam, in_order)
         ctx.save_for_backward(i, j, argmax)
         ctx.lam, ctx.shape = lam, features.shape
         return pooled
@@ -215,20 +212,17 @@ class _MixPool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         i, j, argmax = ctx.saved_tensors
-        backward = triton_backward if _runs_triton(grad) else torch_backward
-        return backward(grad, argmax, i, j, ctx.lam, ctx.shape), None, None, None
+        backward = triton_backward if ctx.triton else torch_backward
+        return backward(grad, argmax, i, j, ctx.lam, ctx.shape), None, None, None, None
 
 
-def _runs_triton(x):
-    return use_triton(x) and x.dtype != torch.float64  # the kernels would round it
-
-
-def mix_pool(features, i, j, lam):
+def mix_pool(features, i, j, lam, in_order=False):
     """Pooled mixes of feature maps: (average + max pool)(lam*features[i] + (1-lam)*features[j]).
 
     features: (B, C, h, w), at most 256 positions; i, j: int64 (M,); lam: float. Returns (M, C).
+    in_order: the pairs are sorted by i, then j, as those of a bank are, which saves a sort.
     Differentiable in features. A tied maximum gives its gradient to the first position, as `max(dim)` does.
     """
     if features.shape[2:].numel() > 256:
         raise ValueError(f"feature maps of {tuple(features.shape[2:])} have more than 256 positions")
-    return _MixPool.apply(features, i, j, lam)
+    return _MixPool.apply(features, i, j, lam, in_order)

@@ -20,7 +20,8 @@ Shapes: A anchors, B examples, R pairs of an anchor and a positive part.
 
 import torch
 
-from kernels import TINY, jit, slices, slope_tile, slopes, term_tile, terms, tl, use_triton
+from kernels import TINY, slope_tile, slopes, term_tile, terms
+from kernels import chunks, jit, launch, tl, use_triton
 
 CHUNK = 2**14  # triplets at a time on a CPU: a dozen float32 arrays of them, 0.75 MiB, stay in a core's L2 cache
 
@@ -34,14 +35,10 @@ def _mixed(W, S, a, p, lam):
     return m.mul_(square.rsqrt()), square
 
 
-def _chunks(a, width):
-    return slices(0, len(a), max(1, CHUNK // max(width, 1)))
-
-
 def _torch_sums(W, S, y, a, p, lam, rho):
     """sums (4, A): pull, push and how many terms of each are not zero."""
     sums = W.new_zeros(4, len(W))
-    for r in _chunks(a, len(y)):
+    for r in chunks(len(a), len(y), CHUNK, W.device):
         m, _ = _mixed(W, S, a[r], p[r], lam)
         both = terms(m, rho).mul_((y[p[r], None] != y).to(m.dtype))  # (2, R, B)
         sums.index_add_(1, a[r], torch.cat([both.sum(2), (both > 0).sum(2)]))
@@ -51,7 +48,7 @@ def _torch_sums(W, S, y, a, p, lam, rho):
 def _torch_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
     """dW and dS."""
     dW, dS, grad = torch.zeros_like(W), torch.zeros_like(S), torch.stack([pull_grad, push_grad])
-    for r in _chunks(a, len(y)):
+    for r in chunks(len(a), len(y), CHUNK, W.device):
         m, square = _mixed(W, S, a[r], p[r], lam)
         g = slopes(m, rho).mul_(grad[:, a[r], None]).sum(0).mul_(y[p[r], None] != y)  # (R, B)
         dS.index_add_(0, p[r], (g * m / square).mul_(square > TINY), alpha=-lam * (1 - lam))
@@ -68,10 +65,10 @@ def _torch_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
 def _mix(to_p, to_n, s, lam):
     """m and L^2 of a tile of triplets, from W[a,p], W[a,n] and S[p,n]."""
     square = tl.maximum(lam * lam + (1 - lam) * (1 - lam) + 2 * lam * (1 - lam) * s, 1e-12)
-    return (lam * to_p + (1 - lam) * to_n) / tl.sqrt_rn(square), square
+    return (lam * to_p + (1 - lam) * to_n) * tl.rsqrt(square), square
 
 
-@jit
+@jit(do_not_specialize=["A", "B"])
 def _sums(
     W, S, y, start, partner, sums, A, B, lam, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, BN: tl.constexpr,
@@ -102,7 +99,7 @@ def _sums(
     tl.store(sums + 3 * A + a, tl.sum(pushed))
 
 
-@jit
+@jit(do_not_specialize=["A", "B"])
 def _row_gradient(
     W, S, y, start, partner, grad, out, A, B, lam, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, OF_S: tl.constexpr, BN: tl.constexpr,
@@ -126,12 +123,12 @@ def _row_gradient(
         if OF_S:
             total -= tl.where(square > 1e-12, g * m / square, 0.0) * (lam * (1 - lam))
         else:
-            total += g / tl.sqrt_rn(square) * (1 - lam)
+            total += g * tl.rsqrt(square) * (1 - lam)
         t += 1
     tl.store(out + row.to(tl.int64) * B + n, total, mask=n < B)
 
 
-@jit
+@jit(do_not_specialize=["A", "B"])
 def _pair_gradient(
     W, S, y, anchor, partner, grad, out, A, B, lam, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, BN: tl.constexpr,
@@ -147,7 +144,7 @@ def _pair_gradient(
         to_n = tl.load(W + a * B + n, mask=n < B, other=0.0)
         m, square = _mix(to_p, to_n, tl.load(S + p * B + n, mask=n < B, other=0.0), lam)
         pull, push = slope_tile(m, pull_scale, pull_base, push_scale, push_base, KIND)
-        total += tl.where(other, (pull * pull_grad + push * push_grad) / tl.sqrt_rn(square), 0.0)
+        total += tl.where(other, (pull * pull_grad + push * push_grad) * tl.rsqrt(square), 0.0)
     tl.store(out + a * B + p, lam * tl.sum(total))
 
 
@@ -164,7 +161,7 @@ def _lists(owner, partner, owners):
 def _triton_sums(W, S, y, a, p, lam, rho):
     sums = torch.empty(4, len(W), dtype=torch.float32, device=W.device)
     arguments = (W, S, y, *_lists(a, p, len(W)), sums, *W.shape, lam, *rho[1:])
-    _sums[(len(W),)](*arguments, KIND=rho.kind, BN=BN, num_warps=WARPS)
+    launch(_sums, (len(W),), *arguments, KIND=rho.kind, BN=BN, num_warps=WARPS)
     return sums
 
 
@@ -173,9 +170,9 @@ def _triton_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
     blocks, common = -(-W.shape[1] // BN), (*W.shape, lam, *rho[1:])
     options = dict(KIND=rho.kind, BN=BN, num_warps=WARPS)
     for out, lists, of_s in ((dW, _lists(a, p, len(W)), False), (dS, _lists(p, a, len(S)), True)):
-        _row_gradient[(len(out), blocks)](W, S, y, *lists, grad, out, *common, OF_S=of_s, **options)
+        launch(_row_gradient, (len(out), blocks), W, S, y, *lists, grad, out, *common, OF_S=of_s, **options)
     if len(a):
-        _pair_gradient[(len(a),)](W, S, y, a, p, grad, dW, *common, **options)
+        launch(_pair_gradient, (len(a),), W, S, y, a, p, grad, dW, *common, **options)
     return dW, dS
 
 
@@ -187,7 +184,7 @@ class _EmbedSums(torch.autograd.Function):
     def forward(ctx, W, S, y, a, p, lam, rho):
         ctx.save_for_backward(W, S, y, a, p)
         ctx.rest = lam, rho
-        ctx.triton = W.dtype != torch.float64 and use_triton(W)
+        ctx.triton = use_triton(W, len(a) * len(y))
         sums = (_triton_sums if ctx.triton else _torch_sums)(W, S, y, a, p, lam, rho)
         pull, push, pulled, pushed = sums.unbind()
         ctx.mark_non_differentiable(pulled, pushed)

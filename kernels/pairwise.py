@@ -16,9 +16,13 @@ Backward, with g[r,c] = pull_grad[r] rho+'(s) + push_grad[r] rho-'(s):
 
     dx = g v,      dv = g^T x,
 
-where each tile of s is recomputed rather than stored. A program owns its rows of dx or dv: no atomics, the same bits
-every run. Bytes moved are those of the vectors; arithmetic is 2 R N D forward and, at D = 512, 6 R N D per gradient
-(the tile of s is recomputed for every 256 columns of the result; 4 R N D would be ideal).
+where each tile of s is recomputed rather than stored. A program owns rows of dx or dv, and a share of the columns where
+rows alone would not fill the chip; the shares are added afterwards: no atomics, the same bits every run. Vectors are
+sorted by label, so most tiles hold negatives only. A tile whose highest similarity adds nothing is left at that, and
+in a mixed loss a tile without positives is not even multiplied. Bytes moved are those of the vectors. Arithmetic is
+2 R N D forward, again for mining, and 2 R N D (1 + D / BD) per gradient; bf16x3 triples it.
+
+float32 vectors are multiplied as bf16x3: parts hi + lo in bfloat16, without lo lo. The plain form multiplies in fp32.
 
 Precision, emulated by rounding operands (1,000 embeddings in classes of 5, D = 512; relative error against float64 of
 the loss, and of the gradient in norm; "tight": all similarities above 0.95, where distances lose digits):
@@ -35,17 +39,13 @@ Shapes: R rows, N columns, D embedding size.
 
 import torch
 
-from kernels import jit, padded, product, similarities, slices, tl, triton, use_triton
-from kernels import slope_tile, slopes, term_tile, terms
+from kernels import HINGE, slope_tile, slopes, term_tile, terms
+from kernels import chip, chunks, jit, launch, padded, product, tl, triton, use_triton
 
 CHUNK = 2**18  # pairs at a time on a CPU: a float32 array of them stays in a core's L2 cache
 EXTREMES = 2  # a third kind of Rho, used by the mining kernel only
 
 # ------------------------------------------------------------------------------------------ PyTorch
-
-
-def _chunks(x, v):
-    return slices(0, len(x), max(1, CHUNK // max(len(v), 1)))
 
 
 def _pairs(x, v, row, column, mixed):
@@ -87,8 +87,8 @@ def _torch_sums(x, v, row, column, rho, epsilon, mixed):
     That is the mining limits (2, R) or None, and the pairs if they are a single chunk.
     """
     sums, limits = x.new_empty(4, len(x)), None if epsilon is None else x.new_empty(2, len(x))
-    chunks = _chunks(x, v)
-    for r in chunks:
+    parts = chunks(len(x), len(v), CHUNK, x.device)
+    for r in parts:
         s, masks = pairs = _pairs(x[r], v, row[:, r], column, mixed)
         if limits is not None:
             limits[:, r] = _limits(s, masks, epsilon)
@@ -96,21 +96,25 @@ def _torch_sums(x, v, row, column, rho, epsilon, mixed):
         both = terms(s, rho).mul_(masks)  # (2, rows, N)
         sums[:2, r] = both.sum(2)
         sums[2:, r] = both.gt_(0).sum(2)
-    return sums, limits, pairs if len(chunks) == 1 else None
+    return sums, limits, pairs if len(parts) == 1 else None
 
 
-def _torch_gradients(x, v, row, column, rho, limits, pairs, mixed, grad):
-    """dx and dv from grad (2, R) of pull and push. If v is None, the columns are x and dx is the whole gradient."""
+def _torch_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs):
+    """dx and dv from grad (2, R) of pull and push. If v is None, the columns are x and dx is the whole gradient.
+
+    needs: whether each is wanted.
+    """
     symmetric, v = v is None, x if v is None else v
-    dx, dv = torch.empty_like(x), None if symmetric else torch.zeros_like(v)
-    for r in _chunks(x, v):
+    dx, dv = torch.empty_like(x) if needs[0] else None, torch.zeros_like(v) if needs[1] else None
+    for r in chunks(len(x), len(v), CHUNK, x.device):
         s, masks = pairs or _pairs(x[r], v, row[:, r], column, mixed)
         weights = _mine(s, masks, None if limits is None else limits[:, r], 1) * grad[:, r, None]
         if symmetric:  # s[r,c] is also s[c,r]: add what it is to row c
             weights.addcmul_(_mine(s, masks, limits, 0), grad[:, None])
         g = weights.mul_(slopes(s, rho)).sum(0)
-        dx[r] = product(g, v.T)
-        if not symmetric:
+        if needs[0]:
+            dx[r] = product(g, v.T)
+        if needs[1]:
             dv.addmm_(g.T, x[r])
     return dx, dv
 
@@ -119,146 +123,250 @@ def _torch_gradients(x, v, row, column, rho, limits, pairs, mixed, grad):
 
 
 @jit
-def _pair_masks(row, column, inside, R, N, r, c, MIXED: tl.constexpr):
-    """Positive and negative pairs of a tile. row (2, R) and column (2, N): labels and ids."""
-    row_label, row_id = tl.load(row + r, mask=r < R, other=0), tl.load(row + R + r, mask=r < R, other=0)
-    label, id = tl.load(column + c, mask=c < N, other=0), tl.load(column + N + c, mask=c < N, other=0)
-    same = row_label[:, None] == label[None, :]
-    positive = inside & same & (row_id[:, None] != id[None, :])
-    if MIXED:
-        return positive, positive
-    else:
-        return positive, inside & (row_label[:, None] != label[None, :])
+def _similarities(x, v, r, c, W, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """(BM, BN) inner products of rows r of x and rows c of v, both W wide, a multiple of BK."""
+    s = tl.zeros((BM, BN), tl.float32)
+    k = tl.arange(0, BK)
+    x += r.to(tl.int64)[:, None] * W + k[None, :]
+    v += c.to(tl.int64)[None, :] * W + k[:, None]
+    for _ in range(0, W, BK):
+        s = tl.dot(tl.load(x), tl.load(v), s)
+        x += BK
+        v += BK
+    return s
 
 
 @jit
+def _keys(keys, at, n):
+    """Labels and ids of vectors."""
+    return tl.load(keys + at), tl.load(keys + n + at)
+
+
+@jit
+def _range(keys, start, size, n):
+    """Lowest and highest label of a block of vectors, which are sorted by label."""
+    return tl.load(keys + start), tl.load(keys + tl.minimum(start + size, n) - 1)
+
+
+@jit(do_not_specialize=["R", "N"])
 def _sums(
-    x, v, row, column, limits, sums, R, N, D, pull_scale, pull_base, push_scale, push_base,
+    x, v, row, column, limits, sums, R, N, W, floor, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BM rows: their sums and counts, or for KIND 2 their highest negative and lowest positive.
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    # A program owns BM rows, and one of so many shares of the columns: sums and counts, or for KIND 2 the rows' highest
+    # negative and lowest positive. Rows and columns beyond the last repeat it.
+    at = tl.program_id(0) * BM + tl.arange(0, BM)
+    r = tl.minimum(at, R - 1)
+    row_label, row_id = _keys(row, r, R)
+    lowest, highest = _range(row, tl.program_id(0) * BM, BM, R)
     first = tl.full((BM,), float("-inf") if KIND == 2 else 0.0, tl.float32)
     second = tl.full((BM,), float("inf") if KIND == 2 else 0.0, tl.float32)
     pulled, pushed = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    for start in range(0, N, BN):
-        c = start + tl.arange(0, BN)
-        s = similarities(x, v, r, c, R, N, D, BM, BN, BK, PRECISION)
-        positive, negative = _pair_masks(row, column, (r < R)[:, None] & (c < N)[None, :], R, N, r, c, MIXED)
-        if KIND == 2:
-            first = tl.maximum(first, tl.max(tl.where(negative, s, float("-inf")), 1))
-            second = tl.minimum(second, tl.min(tl.where(positive, s, float("inf")), 1))
-        else:
-            if MINED:
-                positive = positive & (s < tl.load(limits + r, mask=r < R, other=0.0)[:, None])
-                negative = negative & (s > tl.load(limits + R + r, mask=r < R, other=0.0)[:, None])
-            pull, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
-            push = tl.where(negative, push, 0.0)
-            first += tl.sum(tl.where(positive, pull, 0.0), 1)
-            second += tl.sum(push, 1)
-            pulled += tl.sum(positive.to(tl.float32), 1)
-            pushed += tl.sum((push > 0.0).to(tl.float32), 1)
-    tl.store(sums + r, first, mask=r < R)
-    tl.store(sums + R + r, second, mask=r < R)
-    if KIND != 2:
-        tl.store(sums + 2 * R + r, pulled, mask=r < R)
-        tl.store(sums + 3 * R + r, pushed, mask=r < R)
-
-
-@jit
-def _side(g, s, positive, negative, pull, push, limits, grad, n, at, mask, ROWS: tl.constexpr, MINED: tl.constexpr):
-    """Add to g what the pairs of a tile give to the rows, which lie along the tile's first axis or its second."""
-    pull_grad, push_grad = tl.load(grad + at, mask=mask, other=0.0), tl.load(grad + n + at, mask=mask, other=0.0)
     if MINED:
-        below, above = tl.load(limits + at, mask=mask, other=0.0), tl.load(limits + n + at, mask=mask, other=0.0)
-        if ROWS:
-            positive, negative = positive & (s < below[:, None]), negative & (s > above[:, None])
-        else:
-            positive, negative = positive & (s < below[None, :]), negative & (s > above[None, :])
-    if ROWS:
-        pull, push = pull * pull_grad[:, None], push * push_grad[:, None]
-    else:
-        pull, push = pull * pull_grad[None, :], push * push_grad[None, :]
-    return g + tl.where(positive, pull, 0.0) + tl.where(negative, push, 0.0)
+        below, above = tl.load(limits + r), tl.load(limits + R + r)
+        floor = tl.min(above)
+    for start in range(tl.program_id(1) * BN, N, tl.num_programs(1) * BN):
+        c = start + tl.arange(0, BN)
+        low, high = _range(column, start, BN, N)
+        meet = (lowest <= high) & (low <= highest)  # otherwise all pairs are negative
+        if meet | (not MIXED):
+            s = _similarities(x, v, r, tl.minimum(c, N - 1), W, BM, BN, BK)
+            label, id = _keys(column, tl.minimum(c, N - 1), N)
+            real = (c < N)[None, :]
+            if meet:
+                positive = real & (row_label[:, None] == label[None, :]) & (row_id[:, None] != id[None, :])
+                if KIND == 2:
+                    second = tl.minimum(second, tl.min(tl.where(positive, s, float("inf")), 1))
+                else:
+                    if MINED:
+                        positive = positive & (s < below[:, None])
+                    pull, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                    first += tl.sum(tl.where(positive, pull, 0.0), 1)
+                    pulled += tl.sum(positive.to(tl.float32), 1)
+                    if MIXED:
+                        push = tl.where(positive, push, 0.0)
+                        second += tl.sum(push, 1)
+                        pushed += tl.sum((push > 0.0).to(tl.float32), 1)
+            if not MIXED:
+                if (KIND == 2) | (tl.max(s) > floor):
+                    negative = real & (row_label[:, None] != label[None, :])
+                    if KIND == 2:
+                        first = tl.maximum(first, tl.max(tl.where(negative, s, float("-inf")), 1))
+                    else:
+                        if MINED:
+                            negative = negative & (s > above[:, None])
+                        _, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                        push = tl.where(negative, push, 0.0)
+                        second += tl.sum(push, 1)
+                        pushed += tl.sum((push > 0.0).to(tl.float32), 1)
+    sums += tl.program_id(1) * 4 * R
+    tl.store(sums + at, first, mask=at < R)
+    tl.store(sums + R + at, second, mask=at < R)
+    if KIND != 2:
+        tl.store(sums + 2 * R + at, pulled, mask=at < R)
+        tl.store(sums + 3 * R + at, pushed, mask=at < R)
 
 
 @jit
-def _gradient(
-    owner, other, owner_keys, other_keys, limits, grad, out, n, m, D, pull_scale, pull_base, push_scale, push_base,
-    KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr, AS_ROW: tl.constexpr, AS_COLUMN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+def _weight(s, limits, grad, at, n, HALF: tl.constexpr, ROWS: tl.constexpr, MINED: tl.constexpr):
+    """Gradient of the pull (HALF 0) or push (HALF 1) of vectors along an axis of a tile, 0 for what was not mined."""
+    weight = tl.load(grad + HALF * n + at, mask=at < n, other=0.0)
+    weight = weight[:, None] if ROWS else weight[None, :]
+    if MINED:
+        limit = tl.load(limits + HALF * n + at, mask=at < n, other=0.0)
+        limit = limit[:, None] if ROWS else limit[None, :]
+        kept = s < limit if HALF == 0 else s > limit
+        weight = tl.where(kept, weight, 0.0)
+    return weight
+
+
+@jit
+def _weights(
+    s, limits, grad, o, n, t, m,
+    HALF: tl.constexpr, AS_ROW: tl.constexpr, AS_COLUMN: tl.constexpr, MINED: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BM vectors of one side, BD of their elements: out = g other, with g (BM, BN) of each tile. The
-    # owners are the rows (dx), the columns (dv), or both where the two sides are the same vectors.
-    o = tl.program_id(0) * BM + tl.arange(0, BM)
+    """What the slope of a pair is multiplied by: its owner's weight, the other's, or both."""
+    weight = tl.zeros_like(s)
+    if AS_ROW:
+        weight += _weight(s, limits, grad, o, n, HALF, True, MINED)
+    if AS_COLUMN:
+        weight += _weight(s, limits, grad, t, m, HALF, False, MINED)
+    return weight
+
+
+@jit(do_not_specialize=["n", "m"])
+def _gradient(
+    owner, other, owner_keys, other_keys, limits, grad, out, n, m, D, W, floor,
+    pull_scale, pull_base, push_scale, push_base,
+    KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr, AS_ROW: tl.constexpr, AS_COLUMN: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    # A program owns BM vectors of one side, BD of their elements, and a share of the other side: out = g other, with
+    # g (BM, BN) of each tile. The owners are the rows (dx), the columns (dv), or both where the sides are the same.
+    at = tl.program_id(0) * BM + tl.arange(0, BM)
+    o = tl.minimum(at, n - 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
+    owner_label, owner_id = _keys(owner_keys, o, n)
+    lowest, highest = _range(owner_keys, tl.program_id(0) * BM, BM, n)
     total = tl.zeros((BM, BD), tl.float32)
-    for start in range(0, m, BN):
+    for start in range(tl.program_id(2) * BN, m, tl.num_programs(2) * BN):
         t = start + tl.arange(0, BN)
-        s = similarities(owner, other, o, t, n, m, D, BM, BN, BK, PRECISION)
-        inside = (o < n)[:, None] & (t < m)[None, :]
-        positive, negative = _pair_masks(owner_keys, other_keys, inside, n, m, o, t, MIXED)
-        pull, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
-        g = tl.zeros((BM, BN), tl.float32)
-        if AS_ROW:
-            g = _side(g, s, positive, negative, pull, push, limits, grad, n, o, o < n, True, MINED)
-        if AS_COLUMN:
-            g = _side(g, s, positive, negative, pull, push, limits, grad, m, t, t < m, False, MINED)
-        at = other + t.to(tl.int64)[:, None] * D + d[None, :]
-        vectors = tl.load(at, mask=(t < m)[:, None] & (d < D)[None, :], other=0.0)
-        total = tl.dot(g.to(vectors.dtype), vectors, total, input_precision=PRECISION)
-    at = o.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out + at, total, mask=(o < n)[:, None] & (d < D)[None, :])
+        low, high = _range(other_keys, start, BN, m)
+        meet = (lowest <= high) & (low <= highest)
+        if meet | (not MIXED):
+            s = _similarities(owner, other, o, tl.minimum(t, m - 1), W, BM, BN, BK)
+            if MINED:
+                floor = tl.full((), float("inf"), tl.float32)
+                if AS_ROW:
+                    floor = tl.minimum(floor, tl.min(tl.load(limits + n + o)))
+                if AS_COLUMN:
+                    floor = tl.minimum(floor, tl.min(tl.load(limits + m + t, mask=t < m, other=float("inf"))))
+            near = tl.max(s) > floor
+            if meet | near:
+                g = tl.zeros((BM, BN), tl.float32)
+                label = tl.load(other_keys + tl.minimum(t, m - 1))
+                if meet:
+                    id = tl.load(other_keys + m + tl.minimum(t, m - 1))
+                    pull, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                    positive = (owner_label[:, None] == label[None, :]) & (owner_id[:, None] != id[None, :])
+                    weight = _weights(s, limits, grad, o, n, t, m, 0, AS_ROW, AS_COLUMN, MINED)
+                    g = tl.where(positive, weight * pull, 0.0)
+                    if MIXED:
+                        weight = _weights(s, limits, grad, o, n, t, m, 1, AS_ROW, AS_COLUMN, MINED)
+                        g += tl.where(positive, weight * push, 0.0)
+                if not MIXED:
+                    if near:
+                        _, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                        weight = _weights(s, limits, grad, o, n, t, m, 1, AS_ROW, AS_COLUMN, MINED)
+                        g += tl.where(owner_label[:, None] != label[None, :], weight * push, 0.0)
+                place = other + t.to(tl.int64)[:, None] * W + d[None, :]
+                real = (t < m)[:, None] & (d < D)[None, :]
+                vectors = tl.load(place, mask=real, other=0.0)  # (BN, BD)
+                rounded = g.to(vectors.dtype)
+                total = tl.dot(rounded, vectors, total)
+                if SPLIT:  # g and the vectors in two parts each; the product of the low parts is left out
+                    total = tl.dot((g - rounded.to(tl.float32)).to(vectors.dtype), vectors, total)
+                    total = tl.dot(rounded, tl.load(place + D, mask=real, other=0.0), total)
+    out += (tl.program_id(2).to(tl.int64) * n + at.to(tl.int64)[:, None]) * D + d[None, :]
+    tl.store(out, total, mask=(at < n)[:, None] & (d < D)[None, :])
 
 
-PRECISION = "tf32x3"  # of float32 products: as good as fp32 by the table at the top, and on tensor cores
-# Block sizes without spills on sm80, sm90 and sm100 by tests/aot.py; not timed on a GPU. Of float32, else of 16 bits.
-LAUNCH = dict(num_warps=8, num_stages=2)
-WIDTH = 64  # D is padded to a multiple of this, the largest BK
-SUMS = (dict(BM=32, BN=64, BK=32), dict(BM=64, BN=32, BK=64))
-GRADIENT = (dict(BM=32, BN=32, BK=32, BD=256), dict(BM=64, BN=32, BK=64, BD=256))
+# Block sizes without spills by tests/aot.py; not timed on a GPU.
+LAUNCH = dict(num_warps=8, num_stages=3)
+SUMS = dict(BM=128, BN=64, BK=64)
+GRADIENT = dict(BM=64, BN=64, BK=64, BD=128)
+HOPPER_GRADIENT = dict(BM=64, BN=128, BK=64, BD=256), dict(BM=128, BN=64, BK=64, BD=128)  # of bfloat16, of hi + lo
+
+
+def _operands(x, left):
+    """Vectors in bfloat16, a multiple of BK wide. float32 ones are hi + lo, side by side: (N, 3 D).
+
+    One product of the left [hi, hi, lo] and the right [hi, lo, hi] gives all but lo lo. Sixteen-bit ones are (N, D).
+    """
+    x = padded(x, SUMS["BK"])
+    if x.dtype == torch.float32:
+        hi = x.bfloat16()
+        lo = (x - hi).bfloat16()
+        x = torch.cat([hi, hi, lo] if left else [hi, lo, hi], dim=1)
+    return x.float() if x.device.type == "cpu" else x  # the interpreter is exact in float32 only
+
+
+def _shares(programs, columns, device):
+    """Programs that share the columns of one block of rows, so that every multiprocessor has work."""
+    return max(1, min(columns, -(-chip(device)[0] // programs)))
+
+
+def _floor(rho):
+    """Negatives up to this similarity add nothing."""
+    return 1 - max(rho.push_base, 0) ** 2 / 2 - 1e-6 if rho.kind == HINGE else -float("inf")
 
 
 def _triton_sums(x, v, row, column, rho, epsilon, mixed):
     """As _torch_sums."""
-    x, v = padded(x, WIDTH), padded(v, WIDTH)
-    blocks, size = SUMS[x.dtype != torch.float32], (len(x), len(v), x.shape[1])
+    left, right, row, column = _operands(x, True), _operands(v, False), row.int(), column.int()
+    blocks = triton.cdiv(len(x), SUMS["BM"])
+    shares = _shares(blocks, triton.cdiv(len(v), SUMS["BN"]), x.device)
 
-    def launch(kind, limits, out, mined):
-        _sums[(triton.cdiv(len(x), blocks["BM"]),)](
-            x, v, row, column, limits, out, *size, *rho[1:],
-            KIND=kind, MIXED=mixed, MINED=mined, PRECISION=PRECISION, **blocks, **LAUNCH,
+    def launch_sums(kind, limits):
+        out = torch.empty(shares, 4, len(x), dtype=torch.float32, device=x.device)
+        launch(
+            _sums, (blocks, shares), left, right, row, column, out if limits is None else limits, out,
+            len(x), len(v), left.shape[1], _floor(rho), *rho[1:],
+            KIND=kind, MIXED=mixed, MINED=limits is not None, **SUMS, **LAUNCH,
         )  # fmt: skip
         return out
 
-    limits, sums = None, torch.empty(4, len(x), dtype=torch.float32, device=x.device)
+    limits = None
     if epsilon is not None:
-        limits = launch(EXTREMES, x, torch.empty_like(sums[:2]), mined=False)  # x: an argument that is not read
-        limits += torch.tensor([[epsilon], [-epsilon]], device=x.device)
-    return launch(rho.kind, x if limits is None else limits, sums, mined=limits is not None), limits, None
+        extremes = launch_sums(EXTREMES, None)
+        limits = torch.stack([extremes[:, 0].amax(0) + epsilon, extremes[:, 1].amin(0) - epsilon])
+    return launch_sums(rho.kind, limits).sum(0), limits, None
 
 
-def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad):
+def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs):
     """As _torch_gradients."""
-    width, symmetric = x.shape[1], v is None
-    x, v = padded(x, WIDTH), padded(x if v is None else v, WIDTH)
-    blocks, grad = GRADIENT[x.dtype != torch.float32], grad.float().contiguous()
+    symmetric, v, column = v is None, x if v is None else v, row if v is None else column
+    grad, split = grad.float().contiguous(), x.dtype == torch.float32
+    sizes = HOPPER_GRADIENT[split] if limits is None and chip(x.device)[1] >= 9 else GRADIENT
 
     def gradient(owner, other, owner_keys, other_keys, as_row, as_column):
-        out = torch.empty(owner.shape, dtype=torch.float32, device=owner.device)
-        grid = (triton.cdiv(len(owner), blocks["BM"]), triton.cdiv(owner.shape[1], blocks["BD"]))
-        _gradient[grid](
-            owner, other, owner_keys, other_keys, grad if limits is None else limits, grad, out,
-            len(owner), len(other), owner.shape[1], *rho[1:],
-            KIND=rho.kind, MIXED=mixed, MINED=limits is not None, AS_ROW=as_row, AS_COLUMN=as_column,
-            PRECISION=PRECISION, **blocks, **LAUNCH,
+        left, right = _operands(owner, True), _operands(other, False)
+        D = right.shape[1] // (3 if split else 1)
+        blocks = triton.cdiv(len(owner), sizes["BM"]), triton.cdiv(D, sizes["BD"])
+        shares = _shares(blocks[0] * blocks[1], triton.cdiv(len(other), sizes["BN"]), x.device)
+        out = torch.empty(shares, len(owner), D, dtype=torch.float32, device=x.device)
+        launch(
+            _gradient, (*blocks, shares), left, right, owner_keys.int(), other_keys.int(),
+            grad if limits is None else limits, grad, out,
+            len(owner), len(other), D, left.shape[1], _floor(rho), *rho[1:],
+            KIND=rho.kind, MIXED=mixed, MINED=limits is not None, AS_ROW=as_row, AS_COLUMN=as_column, SPLIT=split,
+            **sizes, **LAUNCH,
         )  # fmt: skip
-        return out[:, :width]
+        return out.sum(0)[:, : x.shape[1]]
 
-    if symmetric:
-        return gradient(x, x, row, row, as_row=True, as_column=True), None
-    return gradient(x, v, row, column, True, False), gradient(v, x, column, row, False, True)
+    dx = gradient(x, v, row, column, True, symmetric) if needs[0] else None
+    return dx, gradient(v, x, column, row, False, True) if needs[1] else None
 
 
 # ---------------------------------------------------------------------------------------------- both
@@ -267,12 +375,16 @@ def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad):
 class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, v, row, column, rho, epsilon, mixed):
-        ctx.triton = x.dtype != torch.float64 and use_triton(x)
+        ctx.triton = use_triton(x, len(x) * column.shape[1])
+        ctx.rest, ctx.orders = (rho, mixed), (None, None)
+        if ctx.triton:  # sorted by label, positives lie in a band of tiles
+            ctx.orders = row_order, column_order = row[0].argsort(stable=True), column[0].argsort(stable=True)
+            x, row, column = x[row_order], row[:, row_order], column[:, column_order]
+            v = None if v is None else v[column_order]
         form = _triton_sums if ctx.triton else _torch_sums
         sums, limits, ctx.pairs = form(x, x if v is None else v, row, column, rho, epsilon, mixed)
         ctx.save_for_backward(x, v, row, column, limits)
-        ctx.rho, ctx.mixed = rho, mixed
-        pull, push, pulled, pushed = sums.unbind()
+        pull, push, pulled, pushed = _unsorted(sums.T, ctx.orders[0]).unbind(1)
         ctx.mark_non_differentiable(pulled, pushed)
         return pull, push, pulled, pushed
 
@@ -280,19 +392,29 @@ class _PairSums(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, pull_grad, push_grad, *_):
         x, v, row, column, limits = ctx.saved_tensors
-        gradients = _triton_gradients if ctx.triton else _torch_gradients
+        (rho, mixed), (row_order, column_order) = ctx.rest, ctx.orders
         grad = torch.stack([pull_grad, push_grad])
-        dx, dv = gradients(x, v, row, column, ctx.rho, limits, ctx.pairs, ctx.mixed, grad)
-        return dx.to(x.dtype), None if dv is None else dv.to(v.dtype), None, None, None, None, None
+        grad = grad if row_order is None else grad[:, row_order]
+        gradients = _triton_gradients if ctx.triton else _torch_gradients
+        needs = ctx.needs_input_grad[:2]
+        dx, dv = gradients(x, v, row, column, rho, limits, ctx.pairs, mixed, grad, needs)
+        dx = None if dx is None else _unsorted(dx, row_order).to(x.dtype)
+        dv = None if dv is None else _unsorted(dv, column_order).to(v.dtype)
+        return dx, dv, None, None, None, None, None
+
+
+def _unsorted(rows, order):
+    """Rows in the caller's order again."""
+    return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
 
 
 def pair_sums(x, v, row, column, rho, epsilon=None, mixed=False):
     """The sums at the top of the file: pull, push, and how many terms of each are not zero, (R,) each.
 
     x: (R, D) and v: (N, D), rows of length 1; if v is None the columns are the rows. row: (2, R) and column: (2, N),
-    int64 labels and ids below 2^24. epsilon: mine pairs with this margin. Differentiable in x and v. Takes float32;
-    bfloat16 and float16 with float32 sums; float64 by the PyTorch form only.
+    int64 labels and ids below 2^24. epsilon: mine pairs with this margin. Differentiable in x and v. Takes bfloat16 and
+    float32, with float32 sums; float16 as float32; float64 by the PyTorch form only.
     """
-    if x.dtype not in (torch.float32, torch.float64) and not use_triton(x):
+    if x.dtype == torch.float16 or x.dtype == torch.bfloat16 and not use_triton(x, len(x) * column.shape[1]):
         x, v = x.float(), None if v is None else v.float()
     return _PairSums.apply(x, v, row.contiguous(), column.contiguous(), rho, epsilon, mixed)

@@ -16,11 +16,12 @@ A gallery too large for one device would need one all-reduce(max) of `best` and 
 Shapes: Q queries, G gallery items, D embedding size.
 """
 
+import collections
 from typing import NamedTuple
 
 import torch
 
-from kernels import TILE, jit, padded, product, slices, similarities, tl, use_triton
+from kernels import TILE, jit, launch, padded, product, slices, tl, use_triton
 
 TIE = 1e-6
 BATCH = 2**22  # similarities held at a time while looking for the best positives
@@ -32,22 +33,27 @@ BATCH = 2**22  # similarities held at a time while looking for the best positive
 def best_positives(query, query_labels, gallery, gallery_labels, own):
     """Highest similarity (Q,) of each query to an item of its class, -inf if there is none. Labels are sorted.
 
-    own: (Q,) the gallery index of each query, which it may not find, or -1. Classes with the same number a of queries
-    and b of items share one batched product.
+    own: (Q,) the gallery index of each query, which it may not find, or -1. Classes of like size share one batched
+    product: numbers of queries and of items are filled up to powers of two by repeating the last.
     """
     best = query.new_full((len(query),), -torch.inf)
+    if not len(query):
+        return best
     classes, a = query_labels.unique_consecutive(return_counts=True)
-    first_query, first_item = a.cumsum(0) - a, torch.searchsorted(gallery_labels, classes)
-    b = torch.searchsorted(gallery_labels, classes, right=True) - first_item
-    for queries, items in sorted(set(zip(a.tolist(), b.tolist()))):
-        if not items:
-            continue
-        same_size = ((a == queries) & (b == items)).nonzero()  # (classes, 1)
-        for part in same_size.split(max(1, BATCH // (queries * items))):
-            columns = first_item[part] + torch.arange(items, device=a.device)  # (classes, b)
-            for rows in slices(0, queries, max(1, BATCH // items)):
-                at = first_query[part] + torch.arange(rows.start, rows.stop, device=a.device)  # (classes, rows)
-                sim = torch.bmm(query[at], gallery[columns].mT)  # (classes, rows, b)
+    first, end = (torch.searchsorted(gallery_labels, classes, right=right) for right in (False, True))
+    b = end - first
+    log2 = torch.stack([torch.frexp(size - 1.0).exponent for size in (a, b)])  # rounded up
+    log2[1].masked_fill_(b == 0, -1)
+    by_size = (64 * log2[0] + log2[1]).argsort(stable=True)
+    places = torch.stack([a.cumsum(0) - a, a.cumsum(0) - 1, first, end - 1])[:, by_size, None]
+    groups = collections.Counter(zip(*log2.tolist()))
+    for (i, j), group in zip(sorted(groups), places.split([groups[size] for size in sorted(groups)], dim=1)):
+        for part in group.split(max(1, BATCH // 2 ** (i + j)), dim=1) if j >= 0 else ():
+            first_query, last_query, first_item, last_item = part  # (classes, 1)
+            columns = (first_item + torch.arange(2**j, device=a.device)).minimum(last_item)  # (classes, 2^j)
+            for rows in slices(0, 2**i, max(1, BATCH // 2**j)):
+                at = (first_query + torch.arange(rows.start, rows.stop, device=a.device)).minimum(last_query)
+                sim = torch.bmm(query[at], gallery[columns].mT)  # (classes, rows, 2^j)
                 best[at] = sim.masked_fill_(columns[:, None] == own[at][..., None], -torch.inf).amax(2)
     return best
 
@@ -75,19 +81,27 @@ def _torch_count(query, query_labels, gallery, gallery_labels, bound, symmetric)
 # ------------------------------------------------------------------------------------------- Triton
 
 
-@jit
+@jit(do_not_specialize=["Q", "G"])
 def _count(
-    query, gallery, query_labels, gallery_labels, bound, count, Q, G, D,
+    query, gallery, query_labels, gallery_labels, bound, count, Q, G, D, query_stride, gallery_stride,
     SYMMETRIC: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # A program owns a B x B tile of similarities, which stays in registers. Integer atomics: any order, the same sum.
+    # query (D, query_stride) and gallery (D, gallery_stride) are transposed, with zeros up to whole tiles: rows of
+    # neighbouring items lie side by side in shared memory, where those of one item would meet in the same banks.
     across = tl.cdiv(G, B)
     i, j = tl.program_id(0) // across, tl.program_id(0) % across
     if SYMMETRIC:
         if i > j:
             return
-    r, c = i * B + tl.arange(0, B), j * B + tl.arange(0, B)
-    sim = similarities(query, gallery, r, c, Q, G, D, B, B, BK, "ieee")
+    r, c, k = i * B + tl.arange(0, B), j * B + tl.arange(0, B), tl.arange(0, BK)
+    sim = tl.zeros((B, B), tl.float32)
+    query += k.to(tl.int64)[:, None] * query_stride + r[None, :]
+    gallery += k.to(tl.int64)[:, None] * gallery_stride + c[None, :]
+    for _ in range(0, D, BK):
+        sim = tl.dot(tl.trans(tl.load(query)), tl.load(gallery), sim, input_precision="ieee")
+        query += BK * query_stride
+        gallery += BK * gallery_stride
     label, item_label = tl.load(query_labels + r, mask=r < Q, other=0), tl.load(gallery_labels + c, mask=c < G, other=0)
     other_class = (label[:, None] != item_label[None, :]) & (r < Q)[:, None] & (c < G)[None, :]
     limit = tl.load(bound + r, mask=r < Q, other=float("inf"))
@@ -107,11 +121,11 @@ LAUNCH = dict(num_warps=4, num_stages=3)
 def _triton_count(query, query_labels, gallery, gallery_labels, bound, symmetric):
     """As _torch_count, in one launch."""
     Q, G = len(query), len(gallery)
-    query, gallery = padded(query, META["BK"]), padded(gallery, META["BK"])
+    query, gallery = (padded(padded(z, META["BK"]).T, META["B"]) for z in (query, gallery))
     count = torch.zeros(Q, dtype=torch.int32, device=query.device)
-    grid = (-(-Q // META["B"]) * -(-G // META["B"]),)
-    arguments = (query, gallery, query_labels, gallery_labels, bound, count, Q, G, query.shape[1])
-    _count[grid](*arguments, SYMMETRIC=symmetric, **META, **LAUNCH)
+    grid = (query.shape[1] // META["B"] * (gallery.shape[1] // META["B"]),)
+    arguments = (query, gallery, query_labels, gallery_labels, bound, count, Q, G, len(query))
+    launch(_count, grid, *arguments, query.shape[1], gallery.shape[1], SYMMETRIC=symmetric, **META, **LAUNCH)
     return count.long()
 
 
@@ -153,6 +167,6 @@ def ranks(query, query_labels, gallery=None, gallery_labels=None, shard=slice(No
     """
     s = by_label(query, query_labels, gallery, gallery_labels, shard)
     best = best_positives(s.query, s.query_labels, s.gallery, s.gallery_labels, s.own)
-    form = _triton_count if use_triton(s.query) else _torch_count
+    form = _triton_count if use_triton(s.query, len(s.query) * len(s.gallery)) else _torch_count
     count = form(s.query, s.query_labels, s.gallery, s.gallery_labels, best - TIE, symmetric=s.query is s.gallery)
     return torch.empty_like(count).scatter_(0, s.order, count.masked_fill(best == -torch.inf, -1))

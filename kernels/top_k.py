@@ -14,9 +14,9 @@ import math
 
 import torch
 
-from kernels import product, slices
+from kernels import chunks, product
 
-HELD = 2**22  # similarities held at a time
+HELD = 2**22  # similarities held at a time on a CPU
 
 
 def top_k(query, gallery=None, k=1, exclude_self=False):
@@ -31,7 +31,7 @@ def top_k(query, gallery=None, k=1, exclude_self=False):
         raise ValueError(f"top_k: k is {k}, but there are {items} items to find")
     query, gallery = query.float(), gallery.float()
     values, indices = query.new_empty(len(query), k), torch.empty(len(query), k, dtype=torch.int64, device=query.device)
-    for rows in slices(0, len(query), max(1, HELD // len(gallery))):
+    for rows in chunks(len(query), len(gallery), HELD, query.device):
         sim = product(query[rows], gallery)
         if exclude_self:
             sim.diagonal(rows.start).fill_(-torch.inf)

@@ -1,6 +1,9 @@
-"""Compile every Triton kernel as it is launched, for sm80, sm90 and sm100, and print as JSON what each needs. No GPU.
+"""What the Triton kernels need, found without a GPU: record what is launched at large sizes, then compile exactly that.
 
-    python tests/aot.py
+    python tests/aot.py                a JSON line for every kernel on sm80, sm90 and sm100
+    python tests/aot.py --launches     only what is launched, without compiling
+
+Recording runs the losses, mix_pool and recall on the meta device, where tensors have shapes and no values.
 """
 
 import json
@@ -12,71 +15,95 @@ import subprocess
 import sys
 import tempfile
 
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory a program may use, by compute capability
-FLOATS = "pull_scale pull_base push_scale push_base lam rest".split()
-TYPES = {  # of the other arguments, by file; "vectors" have the type of the case, and all others are *fp32
-    "pairwise": {"i32": "R N D n m", "*i64": "row column owner_keys other_keys", "vectors": "x v owner other"},
-    "mixed": {"i32": "A B", "*i64": "y start partner anchor"},
-    "mix_pool": {"i32": "B M S C", "*i32": "order start", "*u8": "argmax", "vectors": "maps pooled grad maps_grad"},
-    "recall": {"i32": "Q G D", "*i64": "query_labels gallery_labels", "*i32": "count"},
-}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
-def cases():
-    """(file, kernel, constants, options, type of the vectors, arguments not known to be divisible by 16)"""
+def record(chip):
+    """[{"file", "kernel", "grid", "types", "constants", "options", "divisible"}] of all that one chip is given."""
+    import losses
     from kernels import mix_pool, mixed, pairwise, recall
 
-    for kind in ("*fp32", "*bf16"):
-        blocks = dict(sums=pairwise.SUMS[kind != "*fp32"], gradient=pairwise.GRADIENT[kind != "*fp32"])
-        for KIND in (0, 1, 2):  # hinge, exponential, the extremes for mining
-            common = dict(KIND=KIND, MIXED=False, MINED=KIND == 1, PRECISION=pairwise.PRECISION)
-            yield "pairwise", pairwise._sums, common | blocks["sums"], pairwise.LAUNCH, kind, "RN"
-            if KIND < 2:
-                sides = common | blocks["gradient"] | dict(AS_ROW=True, AS_COLUMN=True)
-                yield "pairwise", pairwise._gradient, sides, pairwise.LAUNCH, kind, "nm"
-    for KIND in (0, 1):
-        common, launch = dict(KIND=KIND, BN=mixed.BN), dict(num_warps=mixed.WARPS, num_stages=3)
-        for kernel, more in (
-            (mixed._sums, {}),
-            (mixed._row_gradient, dict(OF_S=False)),
-            (mixed._row_gradient, dict(OF_S=True)),
-            (mixed._pair_gradient, {}),
-        ):
-            yield "mixed", kernel, common | more, launch, "*fp32", "AB"
-    for kind, C in (("*bf16", 16), ("*fp16", 16), ("*fp32", 16), ("*fp32", 1)):
-        launch = dict(num_warps=mix_pool._warps(C), num_stages=3, enable_fp_fusion=False)
-        unaligned = "BMS" + "C" * (C == 1)
-        yield "mix_pool", mix_pool._forward, mix_pool.FORWARD, launch, kind, unaligned
-        for S in (49, 256):
-            yield "mix_pool", mix_pool._backward, mix_pool._backward_blocks(S), launch, kind, unaligned
-    for symmetric in (False, True):
-        yield "recall", recall._count, dict(SYMMETRIC=symmetric, **recall.META), recall.LAUNCH, "*fp32", "QG"
+    found = []
+
+    def launch(kernel, grid, *arguments, **options):
+        constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+        types, divisible = {}, []
+        for parameter, value in zip(kernel.params, arguments):
+            if isinstance(value, torch.Tensor):
+                types[parameter.name] = TYPES[value.dtype]
+                divisible.append(parameter.name)
+            elif isinstance(value, float):
+                types[parameter.name] = "fp32"
+            elif value == 1 and not parameter.do_not_specialize:
+                constants[parameter.name] = 1
+            else:
+                types[parameter.name] = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0 and not parameter.do_not_specialize:
+                    divisible.append(parameter.name)
+        types |= dict.fromkeys(constants, "constexpr")
+        file = kernel.fn.__module__.split(".")[-1]
+        grid = [int(n) for n in grid]
+        found.append(dict(file=file, kernel=kernel.__name__, grid=grid, types=types, constants=constants))
+        found[-1] |= dict(options=options, divisible=divisible)
+
+    for file in (pairwise, mixed, mix_pool, recall):
+        file.launch, file.use_triton = launch, lambda *_: True
+    pairwise.chip = lambda device: (132, chip // 10)
+
+    def empty(*shape, dtype=torch.float32):
+        floating = dtype.is_floating_point
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=floating)
+
+    def train(sums):
+        (sums[0].sum() + sums[1].sum()).backward()
+
+    B, D = 65_536, 512
+    contrastive, similarity, proxies = losses.Contrastive(), losses.MultiSimilarity(), losses.ProxyAnchor(1, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, keys = empty(B, D, dtype=dtype), empty(2, B, dtype=torch.int64)
+        train(pairwise.pair_sums(x, None, keys, keys, contrastive.rho))
+        train(pairwise.pair_sums(x, None, keys, keys, similarity.rho, similarity.epsilon))
+        owners, owner_keys = empty(13_107, D, dtype=dtype), empty(2, 13_107, dtype=torch.int64)
+        train(pairwise.pair_sums(owners, x, owner_keys, keys, proxies.rho))
+        anchors, anchor_keys = empty(300, D, dtype=dtype), empty(2, 300, dtype=torch.int64)
+        for loss in (contrastive, similarity):
+            train(pairwise.pair_sums(anchors, x, anchor_keys, keys, loss.rho, mixed=True))
+    labels, pairs = empty(1000, dtype=torch.int64), empty(4000, dtype=torch.int64)
+    for loss in (contrastive, similarity):
+        train(mixed.embed_sums(empty(1000, 1000), empty(1000, 1000), labels, pairs, pairs, 0.4, loss.rho))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for C, side in ((2048, 7), (2048, 16), (100, 7), (1, 7)):
+            i = empty(9500, dtype=torch.int64)
+            mix_pool.mix_pool(empty(100, C, side, side, dtype=dtype), i, i, 0.4).sum().backward()
+    for queries, items in ((60_502, 60_502), (14_218, 12_612)):
+        names, bound = empty(queries, dtype=torch.int64), empty(queries)
+        gallery = empty(items, D), empty(items, dtype=torch.int64)
+        recall._triton_count(empty(queries, D), names, *gallery, bound, queries == items)
+    return found
 
 
-def type_of(name, file, kind):
-    if name in FLOATS:
-        return "fp32"
-    found = [t for t, names in TYPES[file].items() if name in names.split()]
-    return "*fp32" if not found else kind if found == ["vectors"] else found[0]
+def compile_for(launch, chip):
+    import importlib
 
-
-def compile_case(number, chip):
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    file, kernel, constants, options, kind, unaligned = list(cases())[number]
-    names = kernel.arg_names
-    types = {name: "constexpr" if name in constants else type_of(name, file, kind) for name in names}
-    divisible = [name for name, t in types.items() if t == "i32" and name not in unaligned or t.startswith("*")]
+    kernel = getattr(importlib.import_module(f"kernels.{launch['file']}"), launch["kernel"])
+    place = {name: (n,) for n, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,
-        types,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        {name: launch["types"][name] for name in kernel.arg_names},
+        {place[name]: value for name, value in launch["constants"].items()},
+        {place[name]: [["tt.divisibility", 16]] for name in launch["divisible"]},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(options))
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(launch["options"]))
     tools = pathlib.Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -85,24 +112,51 @@ def compile_case(number, chip):
             subprocess.run([*tool, cubin.name], capture_output=True, text=True, check=True).stdout
             for tool in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
         )
+    pointers = sorted({t for t in launch["types"].values() if t[0] == "*"} & {"*fp32", "*bf16", "*fp16"})
     return dict(
-        file=file,
+        file=launch["file"],
         chip=chip,
-        case=", ".join([kernel.__name__, kind, *(f"{name}={value}" for name, value in constants.items())]),
+        case=", ".join([launch["kernel"], *pointers, *(f"{k}={v}" for k, v in launch["constants"].items())]),
+        grid=launch["grid"],
         triton=triton.__version__,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spilled=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
-        tensor_cores=bool(re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)", code)),
-        warps=options["num_warps"],
+        warps=launch["options"]["num_warps"],
+        tensor_cores=sorted(set(re.findall(r"\bHGMMA\.\w+|\bHMMA\.\w+|\bUTC\w*MMA", code))),
+        hottest_loop=hottest_loop(code),
     )
 
 
+def hottest_loop(code):
+    """Instructions of the loop with the most arithmetic on products: how many of each kind, and all."""
+    best, labels, instructions = {}, {}, []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*)(.*)", line):
+            instructions.append(instruction[1])
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in labels:
+                body = instructions[labels[target[1]] :]
+                count = {name: body.count(name) for name in ("FFMA", "HMMA", "HGMMA", "LDS", "LDGSTS")}
+                count["all"] = len(body)
+                products = [c.get("FFMA", 0) + c.get("HMMA", 0) + c.get("HGMMA", 0) for c in (count, best)]
+                if products[0] > products[1] or products[0] == products[1] and best and count["all"] < best["all"]:
+                    best = count
+    return best
+
+
 def main():
-    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-    numbers = range(len(list(cases())))
-    with multiprocessing.Pool(os.cpu_count()) as pool:
-        for row in pool.starmap(compile_case, [(number, chip) for number in numbers for chip in SHARED], chunksize=1):
+    jobs = []
+    for chip in SHARED:
+        for launch in record(chip):
+            if all((launch | dict(grid=0), chip) != (other | dict(grid=0), its) for other, its in jobs):
+                jobs.append((launch, chip))
+    if sys.argv[1:] == ["--launches"]:
+        return print(*(json.dumps(launch | dict(chip=chip)) for launch, chip in jobs), sep="\n")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for row in pool.starmap(compile_for, jobs, chunksize=1):
             print(json.dumps(row))
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import kernels
 import losses
+from kernels.pairwise import pair_sums
 
 D, LAM = 7, 0.3
 LABELS = {
@@ -257,6 +259,20 @@ def test_huge_and_negative_labels_are_only_names():
         assert metric(z, names) == metric(z, y)
         one, other = (metric.mixed_embed(z, labels, LAM, "positive-negative") for labels in (names, y))
         assert one == other
+
+
+def test_bf16_rounds_the_embeddings_of_pairs(triton_device):
+    y = torch.arange(24, device=triton_device) // 3
+    z = torch.nn.functional.normalize(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), dim=1)
+    z, rounded = z.to(triton_device), z.bfloat16().float().to(triton_device)
+    keys = torch.stack([y, torch.arange(24, device=triton_device)])
+    for kernels.choice in ("torch", "triton"):
+        metric = losses.Contrastive(neg_margin=1.5, precision="bf16")
+        expected = metric.from_sums(*pair_sums(rounded, None, keys, keys, metric.rho))
+        torch.testing.assert_close(metric(z, y), expected)
+        assert not torch.equal(metric(z, y), losses.Contrastive(neg_margin=1.5)(z, y))
+    with pytest.raises(ValueError, match="precision is 'bf8'; choose fp32 or bf16"):
+        losses.Contrastive(precision="bf8")
 
 
 @pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])

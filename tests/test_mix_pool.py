@@ -178,5 +178,6 @@ def test_a_feature_step_is_the_same_in_both_forms(triton_device, monkeypatch):
     for form in kernels.CHOICES[1:]:
         monkeypatch.setattr(kernels, "choice", form)
         loss = metrix.step(model, losses.Contrastive(), images, Y.to(triton_device), config, 0.3, "positive-negative")
-        results.append((loss, *torch.autograd.grad(loss, [*model.parameters()])))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+        results.append([x.flatten() for x in (loss, *torch.autograd.grad(loss, [*model.parameters()]))])
+    for plain, fused in zip(*results):
+        assert (fused - plain).norm() < 1e-4 * plain.norm()  # the pair loss multiplies in bf16x3
