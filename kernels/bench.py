@@ -33,7 +33,7 @@ from kernels import mix_pool, top_k
 D, INPUTS = 512, 3  # embedding size; sets of inputs that take turns
 SECONDS = 12  # per case, about; at most 30 repetitions of each form
 SIZES = {
-    "cpu": dict(pairwise=(100, 2048, 8192), mixed=(100, 300), mix_pool=(100,), recall=(5924, 20000), step=(100,)),
+    "cpu": dict(pairwise=(100, 2048, 8192), mixed=(100, 300), mix_pool=(40,), recall=(5924, 20000), step=(100,)),
     "cuda": dict(pairwise=(100, 4096, 16384, 65536), mixed=(100, 300, 1000), mix_pool=(100,), recall=(5924, 60502)),
 }
 SIZES["cuda"] |= dict(step=(100,))
