@@ -117,7 +117,7 @@ def _full_precision(method):
 class MetricLoss(nn.Module):
     """A loss with the batch itself as anchors. A subclass sets `rho` and writes `from_sums`; see Contrastive.
 
-    precision: "bf16" rounds the embeddings of pairs to bfloat16, for speed on a GPU; kernels/pairwise.py has the errors.
+    precision: "bf16" rounds the embeddings of pairs to bfloat16: faster on a GPU; kernels/pairwise.py has the errors.
     """
 
     pairings = PAIRINGS  # training draws one of these each step
