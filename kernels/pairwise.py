@@ -292,19 +292,20 @@ def _gradient(
     tl.store(out, total, mask=(at < n)[:, None] & (d < D)[None, :])
 
 
-# Block sizes without spills by tests/aot.py; not timed on a GPU.
+# Block sizes without spills by tests/aot.py, with Triton 3.6 and 3.8; not timed on a GPU.
 LAUNCH = dict(num_warps=8, num_stages=3)
-SUMS = dict(BM=128, BN=64, BK=64)
+WIDTH = 64  # vectors are padded to a multiple of this, the largest BK
+SUMS = dict(BM=128, BN=64, BK=32)
 GRADIENT = dict(BM=64, BN=64, BK=64, BD=128)
 HOPPER_GRADIENT = dict(BM=64, BN=128, BK=64, BD=256), dict(BM=128, BN=64, BK=64, BD=128)  # of bfloat16, of hi + lo
 
 
 def _operands(x, left):
-    """Vectors in bfloat16, a multiple of BK wide. float32 ones are hi + lo, side by side: (N, 3 D).
+    """Vectors in bfloat16, padded to a multiple of WIDTH. float32 ones are hi + lo, side by side: (N, 3 D).
 
     One product of the left [hi, hi, lo] and the right [hi, lo, hi] gives all but lo lo. Sixteen-bit ones are (N, D).
     """
-    x = padded(x, SUMS["BK"])
+    x = padded(x, WIDTH)
     if x.dtype == torch.float32:
         hi = x.bfloat16()
         lo = (x - hi).bfloat16()
