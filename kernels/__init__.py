@@ -39,14 +39,13 @@ def use_triton(tensor, terms=PLAIN_BELOW):
 
     Raises ValueError if it was asked for and cannot run.
     """
-    if choice == "auto":
-        return tensor.is_cuda and triton is not None and terms >= PLAIN_BELOW and tensor.dtype != torch.float64
     if choice == "triton":
         if triton is None:
             raise ValueError("--kernels triton: Triton is not installed; use --kernels torch")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("--kernels triton: no GPU; set TRITON_INTERPRET=1 to run the kernels, slowly, on the CPU")
-    return choice == "triton" and tensor.dtype != torch.float64
+    automatic = choice == "auto" and tensor.is_cuda and triton is not None and terms >= PLAIN_BELOW
+    return (choice == "triton" or automatic) and tensor.dtype != torch.float64
 
 
 def launch(kernel, grid, *arguments, **options):

@@ -325,7 +325,7 @@ def _floor(rho):
 
 def _triton_sums(x, v, row, column, rho, epsilon, mixed):
     """As _torch_sums."""
-    left, right, row, column = _operands(x, True), _operands(v, False), row.int(), column.int()
+    left, right = _operands(x, True), _operands(v, False)
     blocks = triton.cdiv(len(x), SUMS["BM"])
     shares = _shares(blocks, triton.cdiv(len(v), SUMS["BN"]), x.device)
 
@@ -347,7 +347,7 @@ def _triton_sums(x, v, row, column, rho, epsilon, mixed):
 
 def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs):
     """As _torch_gradients."""
-    symmetric, v, column = v is None, x if v is None else v, row if v is None else column
+    symmetric, v = v is None, x if v is None else v
     grad, split = grad.float().contiguous(), x.dtype == torch.float32
     sizes = HOPPER_GRADIENT[split] if limits is None and chip(x.device)[1] >= 9 else GRADIENT
 
@@ -358,7 +358,7 @@ def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs)
         shares = _shares(blocks[0] * blocks[1], triton.cdiv(len(other), sizes["BN"]), x.device)
         out = torch.empty(shares, len(owner), D, dtype=torch.float32, device=x.device)
         launch(
-            _gradient, (*blocks, shares), left, right, owner_keys.int(), other_keys.int(),
+            _gradient, (*blocks, shares), left, right, owner_keys, other_keys,
             grad if limits is None else limits, grad, out,
             len(owner), len(other), D, left.shape[1], _floor(rho), *rho[1:],
             KIND=rho.kind, MIXED=mixed, MINED=limits is not None, AS_ROW=as_row, AS_COLUMN=as_column, SPLIT=split,
@@ -379,9 +379,14 @@ class _PairSums(torch.autograd.Function):
         ctx.triton = use_triton(x, len(x) * column.shape[1])
         ctx.rest, ctx.orders = (rho, mixed), (None, None)
         if ctx.triton:  # sorted by label, positives lie in a band of tiles
-            ctx.orders = row_order, column_order = row[0].argsort(stable=True), column[0].argsort(stable=True)
-            x, row, column = x[row_order], row[:, row_order], column[:, column_order]
-            v = None if v is None else v[column_order]
+            row_order = row[0].argsort(stable=True)
+            x, row = x[row_order], row[:, row_order].int()
+            if v is None:
+                column_order, column = row_order, row
+            else:
+                column_order = column[0].argsort(stable=True)
+                v, column = v[column_order], column[:, column_order].int()
+            ctx.orders = row_order, column_order
         form = _triton_sums if ctx.triton else _torch_sums
         sums, limits, ctx.pairs = form(x, x if v is None else v, row, column, rho, epsilon, mixed)
         ctx.save_for_backward(x, v, row, column, limits)

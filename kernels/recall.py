@@ -121,7 +121,8 @@ LAUNCH = dict(num_warps=4, num_stages=3)
 def _triton_count(query, query_labels, gallery, gallery_labels, bound, symmetric):
     """As _torch_count, in one launch."""
     Q, G = len(query), len(gallery)
-    query, gallery = (padded(padded(z, META["BK"]).T, META["B"]) for z in (query, gallery))
+    query = padded(padded(query, META["BK"]).T, META["B"])
+    gallery = query if symmetric else padded(padded(gallery, META["BK"]).T, META["B"])
     count = torch.zeros(Q, dtype=torch.int32, device=query.device)
     grid = (query.shape[1] // META["B"] * (gallery.shape[1] // META["B"]),)
     arguments = (query, gallery, query_labels, gallery_labels, bound, count, Q, G, len(query))

@@ -6,6 +6,7 @@
 Recording runs the losses, mix_pool and recall on the meta device, where tensors have shapes and no values.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -48,16 +49,15 @@ def record(chip):
         types |= dict.fromkeys(constants, "constexpr")
         file = kernel.fn.__module__.split(".")[-1]
         grid = [int(n) for n in grid]
-        found.append(dict(file=file, kernel=kernel.__name__, grid=grid, types=types, constants=constants))
-        found[-1] |= dict(options=options, divisible=divisible)
+        row = dict(file=file, kernel=kernel.__name__, grid=grid, types=types, constants=constants)
+        found.append(row | dict(options=options, divisible=divisible))
 
     for file in (pairwise, mixed, mix_pool, recall):
         file.launch, file.use_triton = launch, lambda *_: True
     pairwise.chip = lambda device: (132, chip // 10)
 
     def empty(*shape, dtype=torch.float32):
-        floating = dtype.is_floating_point
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=floating)
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
     def train(sums):
         (sums[0].sum() + sums[1].sum()).backward()
@@ -88,8 +88,6 @@ def record(chip):
 
 
 def compile_for(launch, chip):
-    import importlib
-
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
@@ -134,7 +132,7 @@ def hottest_loop(code):
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*)(.*)", line):
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*)", line):
             instructions.append(instruction[1])
             target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
             if target and target[1] in labels:

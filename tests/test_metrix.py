@@ -338,7 +338,7 @@ def test_a_run_killed_again_and_again_ends_like_an_unbroken_one(tree, tmp_path):
         ("toy --device abacus", "--device abacus is not available"),
         ("folder --data-root /nowhere --weights none", "/nowhere: no such directory"),
         ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
-        ("folder --data-root {tree} --weights none --batch-size 50", "50 is more than the 25 training images"),
+        ("folder --data-root {tree} --weights none --batch-size 50", "--batch-size 50 is more than the 25 training im"),
         ("folder --data-root {tree} {small} --weights {tree}/none.pt", "{tree}/none.pt: no such file of weights"),
         ("folder --data-root {tree} {small} --out {tree}/class0/0.png/run", "{tree}/class0/0.png"),
         ("folder --data-root {tree} {small} --out {empty} --resume", "--resume: {empty} holds no run"),

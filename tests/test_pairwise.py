@@ -99,7 +99,8 @@ def test_triton_equals_the_plain_form(batch, form, rho, triton_device, monkeypat
     rest = row, column, RHOS[rho], epsilon, mixed
     fused = with_gradients(pairwise.pair_sums, x, v, *rest)
     monkeypatch.setattr(kernels, "choice", "torch")
-    assert_close(fused, with_gradients(pairwise.pair_sums, x, v, *rest), 1e-4)
+    tolerance = 1e-4 if rho == "steep" else 1e-5  # exponents magnify bf16x3's error
+    assert_close(fused, with_gradients(pairwise.pair_sums, x, v, *rest), tolerance)
 
 
 def triplets(y, device, lam=0.3, dtype=torch.float32):
