@@ -125,7 +125,8 @@ def summary(ranking, ks=()):
     if not all(isinstance(k, (int, np.integer)) and k > 0 for k in ks):
         raise ValueError(f"ks must be positive integers, got {ks}")
     found = ranking.rank >= 0
-    counts = [found.sum(), *((found & (ranking.rank < k)).sum() for k in ks)]
+    rank = ranking.rank.where(found, torch.iinfo(torch.int64).max)
+    counts = [found.sum(), *((rank < k).sum() for k in ks)]
     queries, *hits = torch.stack(counts).tolist()  # one synchronisation
     if not queries:
         raise ValueError("no query has another item of its class to find")

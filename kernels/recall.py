@@ -19,6 +19,7 @@ Shapes: Q queries, G gallery items, D embedding size.
 import collections
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kernels import TILE, jit, launch, padded, product, slices, tl, use_triton
@@ -36,23 +37,23 @@ def best_positives(query, query_labels, gallery, gallery_labels, own):
     own: (Q,) the gallery index of each query, which it may not find, or -1. Classes of like size share one batched
     product: numbers of queries and of items are filled up to powers of two by repeating the last.
     """
-    best = query.new_full((len(query),), -torch.inf)
-    if not len(query):
-        return best
-    classes, a = query_labels.unique_consecutive(return_counts=True)
-    first, end = (torch.searchsorted(gallery_labels, classes, right=right) for right in (False, True))
-    b = end - first
-    log2 = torch.stack([torch.frexp(size - 1.0).exponent for size in (a, b)])  # rounded up
-    log2[1].masked_fill_(b == 0, -1)
-    by_size = (64 * log2[0] + log2[1]).argsort(stable=True)
-    places = torch.stack([a.cumsum(0) - a, a.cumsum(0) - 1, first, end - 1])[:, by_size, None]
-    groups = collections.Counter(zip(*log2.tolist()))
-    for (i, j), group in zip(sorted(groups), places.split([groups[size] for size in sorted(groups)], dim=1)):
+    best, device = query.new_full((len(query),), -torch.inf), query.device
+    labels = torch.cat([query_labels, gallery_labels]).cpu().numpy()  # the one synchronisation
+    query_labels, gallery_labels = labels[: len(query)], labels[len(query) :]
+    classes, a = np.unique(query_labels, return_counts=True)
+    first, end = (np.searchsorted(gallery_labels, classes, side) for side in ("left", "right"))
+    log2 = np.stack([np.ceil(np.log2(a)), np.ceil(np.log2(np.maximum(end - first, 0.5)))]).astype(int)  # -1: no items
+    ends = np.stack([a.cumsum() - a, a.cumsum() - 1, first, end - 1])
+    by_size = np.lexsort(log2)
+    groups = collections.Counter(zip(*log2[:, by_size].tolist()))  # {(i, j): classes}, in the order of by_size
+    ends = torch.from_numpy(ends[:, by_size, None]).to(device, non_blocking=True)
+    offsets = torch.arange(2 ** log2.max(initial=0), device=device)
+    for (i, j), group in zip(groups, ends.split([*groups.values()], dim=1)):
         for part in group.split(max(1, BATCH // 2 ** (i + j)), dim=1) if j >= 0 else ():
             first_query, last_query, first_item, last_item = part  # (classes, 1)
-            columns = (first_item + torch.arange(2**j, device=a.device)).minimum(last_item)  # (classes, 2^j)
+            columns = (first_item + offsets[: 2**j]).minimum(last_item)  # (classes, 2^j)
             for rows in slices(0, 2**i, max(1, BATCH // 2**j)):
-                at = (first_query + torch.arange(rows.start, rows.stop, device=a.device)).minimum(last_query)
+                at = (first_query + offsets[rows]).minimum(last_query)
                 sim = torch.bmm(query[at], gallery[columns].mT)  # (classes, rows, 2^j)
                 best[at] = sim.masked_fill_(columns[:, None] == own[at][..., None], -torch.inf).amax(2)
     return best

@@ -6,9 +6,12 @@
 Recording runs the losses, mix_pool and recall on the meta device, where tensors have shapes and no values.
 """
 
+import collections
 import importlib
 import json
+import math
 import multiprocessing
+import operator
 import os
 import pathlib
 import re
@@ -122,8 +125,46 @@ def compile_for(launch, chip):
         shared=compiled.metadata.shared,
         warps=launch["options"]["num_warps"],
         tensor_cores=sorted(set(re.findall(r"\bHGMMA\.\w+|\bHMMA\.\w+|\bUTC\w*MMA", code))),
+        multiplications=multiplications(code, launch["options"]["num_warps"]),
+        bank_conflicts=bank_conflicts(compiled.asm["ptx"]),
         hottest_loop=hottest_loop(code),
     )
+
+
+def multiplications(code, warps):
+    """Multiply-adds of every tensor-core instruction, each run once by all warps: what one tile costs."""
+    hopper = [math.prod(map(int, shape.split("x"))) for shape in re.findall(r"\bHGMMA\.(\w+)", code)]
+    return warps // 4 * sum(hopper) + warps * 16 * 8 * 16 * len(re.findall(r"\bHMMA\.16816", code))
+
+
+OPERATIONS = {"mov": lambda a: a, "and": operator.and_, "or": operator.or_, "xor": operator.xor, "sub": operator.sub}
+OPERATIONS |= {"shl": operator.lshift, "shr": operator.rshift, "add": operator.add, "mul": operator.mul}
+OPERATIONS |= {"mad": lambda a, b, c: a * b + c, "bfe": lambda a, b, c: a >> b & (1 << c) - 1}
+
+
+def bank_conflicts(ptx):
+    """Most words of one bank of shared memory that lanes load at once: 1 is ideal. From the addresses in the PTX.
+
+    The lanes that load 128 bytes are served together. What is not computed from the lane is the same for all: 0.
+    """
+    definitions = {}
+    for name, register, arguments in re.findall(r"^\s+(\w+)\S*\s+(%r\d+), (.*);", ptx, re.M):
+        definitions.setdefault(register, (name, arguments.split(", ")))
+
+    def value(x, lane):
+        if x == "%tid.x" or x.lstrip("-").isdigit():
+            return lane if x == "%tid.x" else int(x)
+        name, arguments = definitions.get(x, ("", []))
+        return OPERATIONS[name](*(value(a, lane) for a in arguments)) if name in OPERATIONS else 0
+
+    worst = 0
+    for words, base, offset in re.findall(r"ld\.shared(?:\.v(\d))?\.b32\s.*\[(%r\d+)\+?(\d*)\]", ptx):
+        together = 32 // int(words or 1)
+        for first in range(0, 32, together):
+            start = [(value(base, lane) + int(offset or 0)) // 4 for lane in range(first, first + together)]
+            loaded = {word for at in start for word in range(at, at + int(words or 1))}
+            worst = max(worst, *collections.Counter(word % 32 for word in loaded).values())
+    return worst
 
 
 def hottest_loop(code):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval
 import kernels
 from kernels import recall
 
@@ -63,26 +65,36 @@ def test_two_runs_give_equal_counts(triton_device):
     assert torch.equal(recall.ranks(*arguments), recall.ranks(*arguments))
 
 
-class Operations(TorchDispatchMode):
+class Launches(TorchDispatchMode):
     """Counts operations, views left out: on a GPU each is about one launch."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += not function.is_view
         return function(*args, **(kwargs or {}))
 
 
-def test_operations_do_not_grow_with_the_number_of_classes():
-    """Classes of 2 to 12 images, as in SOP."""
+class Reads(TorchFunctionMode):
+    """Counts calls in which the host would wait for a GPU."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        waits = ("__bool__", "cpu", "item", "nonzero", "tolist", "unique", "unique_consecutive")
+        self.count += function.__name__ in waits
+        return function(*args, **(kwargs or {}))
+
+
+def test_launches_do_not_grow_with_the_number_of_classes(monkeypatch):
+    """Classes of 2 to 12 images, as in SOP, and its four ks."""
+    monkeypatch.setattr(recall, "_torch_count", lambda *a, symmetric: torch.zeros_like(a[1]))  # in Triton one launch
     counts = []
     for classes in (200, 1000):
         sizes = torch.randint(2, 13, (classes,), generator=torch.Generator().manual_seed(0))
         y = torch.arange(classes).repeat_interleave(sizes)
-        s = recall.by_label(embeddings(len(y), 0), y)
-        with Operations() as operations:
-            recall.best_positives(s.query, s.query_labels, s.gallery, s.gallery_labels, s.own)
-        counts.append(operations.count)
-    assert counts[0] == counts[1] < 100
+        with Launches() as launches, Reads() as reads:
+            eval.recall_at_k(embeddings(len(y), 0), y, ks=(1, 10, 100, 1000))
+        counts.append((launches.count, reads.count))
+    assert counts[0] == counts[1]
+    assert counts[0][0] <= 100 and counts[0][1] <= 3, counts
