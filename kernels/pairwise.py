@@ -20,7 +20,8 @@ where each tile of s is recomputed rather than stored. A program owns rows of dx
 rows alone would not fill the chip; the shares are added afterwards: no atomics, the same bits every run. Vectors are
 sorted by label, so most tiles hold negatives only. A tile whose highest similarity adds nothing is left at that, and
 in a mixed loss a tile without positives is not even multiplied. Bytes moved are those of the vectors. Arithmetic is
-2 R N D forward, again for mining, and 2 R N D (1 + D / BD) per gradient; bf16x3 triples it.
+2 R N D forward and 2 R N D (1 + D / BD) per gradient; bf16x3 triples it. Mining reads the limits of negatives, and then
+sums positives, from the tiles that hold positives.
 
 float32 vectors are multiplied as bf16x3: parts hi + lo in bfloat16, without lo lo. The plain form multiplies in fp32.
 
@@ -42,7 +43,7 @@ from kernels import HINGE, slope_tile, slopes, term_tile, terms
 from kernels import chip, chunks, jit, launch, padded, product, tl, triton, use_triton
 
 CHUNK = 2**18  # pairs at a time on a CPU: a float32 array of them stays in a core's L2 cache
-EXTREMES = 2  # a third kind of Rho, used by the mining kernel only
+ALL, LOWEST, PUSH, PULL = range(4)  # what a launch of _sums finds; the last three are the passes of mining
 
 # ------------------------------------------------------------------------------------------ PyTorch
 
@@ -150,36 +151,37 @@ def _range(keys, start, size, n):
 @jit(do_not_specialize=["R", "N"])
 def _sums(
     x, v, row, column, limits, sums, R, N, W, floor, pull_scale, pull_base, push_scale, push_base,
-    KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr,
+    KIND: tl.constexpr, MIXED: tl.constexpr, PART: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BM rows, and one of so many shares of the columns: sums and counts, or for KIND 2 the rows' highest
-    # negative and lowest positive. Rows and columns beyond the last repeat it.
+    # A program owns BM rows, and one of so many shares of the columns. Rows and columns beyond the last repeat it.
+    # PART   0: pull, push and their counts      1: nothing, lowest positive
+    #        2: highest negative, push mined by limits      3: pull mined by limits
     at = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.minimum(at, R - 1)
     row_label, row_id = _keys(row, r, R)
     lowest, highest = _range(row, tl.program_id(0) * BM, BM, R)
-    first = tl.full((BM,), float("-inf") if KIND == 2 else 0.0, tl.float32)
-    second = tl.full((BM,), float("inf") if KIND == 2 else 0.0, tl.float32)
+    first = tl.full((BM,), float("-inf") if PART == 2 else 0.0, tl.float32)
+    second = tl.full((BM,), float("inf") if PART == 1 else 0.0, tl.float32)
     pulled, pushed = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    if MINED:
-        below, above = tl.load(limits + r), tl.load(limits + R + r)
-        floor = tl.min(above)
+    if PART >= 2:
+        limit = tl.load(limits + r)
+        floor = tl.min(limit)
     for start in range(tl.program_id(1) * BN, N, tl.num_programs(1) * BN):
         c = start + tl.arange(0, BN)
         low, high = _range(column, start, BN, N)
         meet = (lowest <= high) & (low <= highest)  # otherwise all pairs are negative
-        if meet | (not MIXED):
+        if meet | ((not MIXED) & (PART % 2 == 0)):
             s = _similarities(x, v, r, tl.minimum(c, N - 1), W, BM, BN, BK)
             label, id = _keys(column, tl.minimum(c, N - 1), N)
             real = (c < N)[None, :]
-            if meet:
+            if meet & (PART != 2):
                 positive = real & (row_label[:, None] == label[None, :]) & (row_id[:, None] != id[None, :])
-                if KIND == 2:
+                if PART == 1:
                     second = tl.minimum(second, tl.min(tl.where(positive, s, float("inf")), 1))
                 else:
-                    if MINED:
-                        positive = positive & (s < below[:, None])
+                    if PART == 3:
+                        positive = positive & (s < limit[:, None])
                     pull, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
                     first += tl.sum(tl.where(positive, pull, 0.0), 1)
                     pulled += tl.sum(positive.to(tl.float32), 1)
@@ -187,36 +189,32 @@ def _sums(
                         push = tl.where(positive, push, 0.0)
                         second += tl.sum(push, 1)
                         pushed += tl.sum((push > 0.0).to(tl.float32), 1)
-            if not MIXED:
-                if (KIND == 2) | (tl.max(s) > floor):
-                    negative = real & (row_label[:, None] != label[None, :])
-                    if KIND == 2:
-                        first = tl.maximum(first, tl.max(tl.where(negative, s, float("-inf")), 1))
-                    else:
-                        if MINED:
-                            negative = negative & (s > above[:, None])
-                        _, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
-                        push = tl.where(negative, push, 0.0)
-                        second += tl.sum(push, 1)
-                        pushed += tl.sum((push > 0.0).to(tl.float32), 1)
+            if (not MIXED) & (PART % 2 == 0):
+                negative = real & (row_label[:, None] != label[None, :])
+                if PART == 2:
+                    first = tl.maximum(first, tl.max(tl.where(negative, s, float("-inf")), 1))
+                    negative = negative & (s > limit[:, None])
+                if tl.max(s) > floor:
+                    _, push = term_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                    push = tl.where(negative, push, 0.0)
+                    second += tl.sum(push, 1)
+                    pushed += tl.sum((push > 0.0).to(tl.float32), 1)
     sums += tl.program_id(1) * 4 * R
     tl.store(sums + at, first, mask=at < R)
     tl.store(sums + R + at, second, mask=at < R)
-    if KIND != 2:
-        tl.store(sums + 2 * R + at, pulled, mask=at < R)
-        tl.store(sums + 3 * R + at, pushed, mask=at < R)
+    tl.store(sums + 2 * R + at, pulled, mask=at < R)
+    tl.store(sums + 3 * R + at, pushed, mask=at < R)
 
 
 @jit
 def _weight(s, limits, grad, at, n, HALF: tl.constexpr, ROWS: tl.constexpr, MINED: tl.constexpr):
     """Gradient of the pull (HALF 0) or push (HALF 1) of vectors along an axis of a tile, 0 for what was not mined."""
-    weight = tl.load(grad + HALF * n + at, mask=at < n, other=0.0)
+    weight = tl.load(grad + HALF * n + at)
     weight = weight[:, None] if ROWS else weight[None, :]
     if MINED:
-        limit = tl.load(limits + HALF * n + at, mask=at < n, other=0.0)
+        limit = tl.load(limits + HALF * n + at)
         limit = limit[:, None] if ROWS else limit[None, :]
-        kept = s < limit if HALF == 0 else s > limit
-        weight = tl.where(kept, weight, 0.0)
+        weight = tl.where(s < limit if HALF == 0 else s > limit, weight, 0.0)
     return weight
 
 
@@ -250,37 +248,39 @@ def _gradient(
     lowest, highest = _range(owner_keys, tl.program_id(0) * BM, BM, n)
     total = tl.zeros((BM, BD), tl.float32)
     for start in range(tl.program_id(2) * BN, m, tl.num_programs(2) * BN):
-        t = start + tl.arange(0, BN)
+        t = tl.minimum(start + tl.arange(0, BN), m - 1)
         low, high = _range(other_keys, start, BN, m)
         meet = (lowest <= high) & (low <= highest)
         if meet | (not MIXED):
-            s = _similarities(owner, other, o, tl.minimum(t, m - 1), W, BM, BN, BK)
+            s = _similarities(owner, other, o, t, W, BM, BN, BK)
             if MINED:
                 floor = tl.full((), float("inf"), tl.float32)
                 if AS_ROW:
                     floor = tl.minimum(floor, tl.min(tl.load(limits + n + o)))
                 if AS_COLUMN:
-                    floor = tl.minimum(floor, tl.min(tl.load(limits + m + t, mask=t < m, other=float("inf"))))
+                    floor = tl.minimum(floor, tl.min(tl.load(limits + m + t)))
             near = tl.max(s) > floor
             if meet | near:
                 g = tl.zeros((BM, BN), tl.float32)
-                label = tl.load(other_keys + tl.minimum(t, m - 1))
+                label = tl.load(other_keys + t)
                 if meet:
-                    id = tl.load(other_keys + m + tl.minimum(t, m - 1))
-                    pull, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
-                    positive = (owner_label[:, None] == label[None, :]) & (owner_id[:, None] != id[None, :])
+                    id = tl.load(other_keys + m + t)
                     weight = _weights(s, limits, grad, o, n, t, m, 0, AS_ROW, AS_COLUMN, MINED)
-                    g = tl.where(positive, weight * pull, 0.0)
+                    positive = (owner_label[:, None] == label[None, :]) & (owner_id[:, None] != id[None, :])
+                    weight = tl.where(positive, weight, 0.0)
+                    pull, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                    g = weight * pull
                     if MIXED:
                         weight = _weights(s, limits, grad, o, n, t, m, 1, AS_ROW, AS_COLUMN, MINED)
                         g += tl.where(positive, weight * push, 0.0)
                 if not MIXED:
                     if near:
-                        _, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
                         weight = _weights(s, limits, grad, o, n, t, m, 1, AS_ROW, AS_COLUMN, MINED)
-                        g += tl.where(owner_label[:, None] != label[None, :], weight * push, 0.0)
+                        weight = tl.where(owner_label[:, None] != label[None, :], weight, 0.0)
+                        _, push = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
+                        g += weight * push
                 place = other + t.to(tl.int64)[:, None] * W + d[None, :]
-                real = (t < m)[:, None] & (d < D)[None, :]
+                real = (start + tl.arange(0, BN) < m)[:, None] & (d < D)[None, :]
                 vectors = tl.load(place, mask=real, other=0.0)  # (BN, BD)
                 rounded = g.to(vectors.dtype)
                 total = tl.dot(rounded, vectors, total)
@@ -291,12 +291,13 @@ def _gradient(
     tl.store(out, total, mask=(at < n)[:, None] & (d < D)[None, :])
 
 
-# Block sizes without spills by tests/aot.py with Triton 3.8, and on sm90 with 3.6; not timed on a GPU.
+# Block sizes without spills by tests/aot.py with Triton 3.8 (3.6: up to 72 bytes); not timed on a GPU.
 LAUNCH = dict(num_warps=8, num_stages=3)
 WIDTH = 64  # vectors are padded to a multiple of this, the largest BK
 SUMS = dict(BM=128, BN=64, BK=32)
 GRADIENT = dict(BM=64, BN=64, BK=64, BD=128)
-HOPPER_GRADIENT = dict(BM=64, BN=128, BK=64, BD=256), dict(BM=128, BN=64, BK=64, BD=128)  # of bfloat16, of hi + lo
+HOPPER_GRADIENT = dict(BM=128, BN=64, BK=32, BD=128)
+HOPPER_WIDE_GRADIENT = dict(BM=64, BN=128, BK=32, BD=256)  # of bfloat16 without mining, which needs fewer registers
 
 
 def _operands(x, left):
@@ -328,27 +329,31 @@ def _triton_sums(x, v, row, column, rho, epsilon, mixed):
     blocks = triton.cdiv(len(x), SUMS["BM"])
     shares = _shares(blocks, triton.cdiv(len(v), SUMS["BN"]), x.device)
 
-    def launch_sums(kind, limits):
+    def launch_sums(part, limits=None):
         out = torch.empty(shares, 4, len(x), dtype=torch.float32, device=x.device)
         launch(
             _sums, (blocks, shares), left, right, row, column, out if limits is None else limits, out,
             len(x), len(v), left.shape[1], _floor(rho), *rho[1:],
-            KIND=kind, MIXED=mixed, MINED=limits is not None, **SUMS, **LAUNCH,
+            KIND=rho.kind, MIXED=mixed, PART=part, **SUMS, **LAUNCH,
         )  # fmt: skip
         return out
 
-    limits = None
-    if epsilon is not None:
-        extremes = launch_sums(EXTREMES, None)
-        limits = torch.stack([extremes[:, 0].amax(0) + epsilon, extremes[:, 1].amin(0) - epsilon])
-    return launch_sums(rho.kind, limits).sum(0), limits, None
+    if epsilon is None:
+        return launch_sums(ALL).sum(0), None, None
+    above = launch_sums(LOWEST)[:, 1].amin(0) - epsilon
+    pushes = launch_sums(PUSH, above)
+    below = pushes[:, 0].amax(0) + epsilon
+    sums = pushes.sum(0)
+    sums[::2] = launch_sums(PULL, below)[:, ::2].sum(0)
+    return sums, torch.stack([below, above]), None
 
 
 def _triton_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs):
     """As _torch_gradients."""
     symmetric, v = v is None, x if v is None else v
     grad, split = grad.float().contiguous(), x.dtype == torch.float32
-    sizes = HOPPER_GRADIENT[split] if limits is None and chip(x.device)[1] >= 9 else GRADIENT
+    hopper = HOPPER_GRADIENT if split or limits is not None else HOPPER_WIDE_GRADIENT
+    sizes = hopper if chip(x.device)[1] >= 9 else GRADIENT
 
     def gradient(owner, other, owner_keys, other_keys, as_row, as_column):
         left, right = _operands(owner, True), _operands(other, False)

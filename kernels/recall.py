@@ -11,8 +11,6 @@ Queries and items are sorted by label, so that only tiles near the diagonal hold
 the gallery, the similarities are symmetric: a tile above the diagonal counts for its rows and for its columns, which
 halves the multiplications. Work: N^2 D multiply-adds, or half. Memory: one tile.
 
-A gallery too large for one device would need one all-reduce(max) of `best` and one all-reduce(sum) of the counts.
-
 Shapes: Q queries, G gallery items, D embedding size.
 """
 
@@ -37,13 +35,13 @@ def best_positives(query, query_labels, gallery, gallery_labels, own):
     own: (Q,) the gallery index of each query, which it may not find, or -1. Classes of like size share one batched
     product: numbers of queries and of items are filled up to powers of two by repeating the last.
     """
-    best, device = query.new_full((len(query),), -torch.inf), query.device
+    best, device = torch.full_like(own, -torch.inf, dtype=query.dtype), own.device
     labels = torch.cat([query_labels, gallery_labels]).cpu().numpy()  # the one synchronisation
-    query_labels, gallery_labels = labels[: len(query)], labels[len(query) :]
-    classes, a = np.unique(query_labels, return_counts=True)
-    first, end = (np.searchsorted(gallery_labels, classes, side) for side in ("left", "right"))
-    log2 = np.stack([np.ceil(np.log2(a)), np.ceil(np.log2(np.maximum(end - first, 0.5)))]).astype(int)  # -1: no items
-    ends = np.stack([a.cumsum() - a, a.cumsum() - 1, first, end - 1])
+    query_labels, gallery_labels = np.split(labels, [len(query)])
+    classes, first_query, a = np.unique(query_labels, return_index=True, return_counts=True)
+    first_item, end = (np.searchsorted(gallery_labels, classes, side) for side in ("left", "right"))
+    log2 = np.ceil(np.log2([a, np.maximum(end - first_item, 0.5)])).astype(int)  # rounded up; -1: no items
+    ends = np.stack([first_query, first_query + a - 1, first_item, end - 1])
     by_size = np.lexsort(log2)
     groups = collections.Counter(zip(*log2[:, by_size].tolist()))  # {(i, j): classes}, in the order of by_size
     ends = torch.from_numpy(ends[:, by_size, None]).to(device, non_blocking=True)

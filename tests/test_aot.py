@@ -44,7 +44,7 @@ def test_kernels_fit_the_chips_without_spills(path):
     compiled = rows(path=path)
     assert {row["chip"] for row in compiled} == set(aot.SHARED)
     for row in compiled:
-        assert row["spilled"] == 0 or path and row["chip"] != 90, row  # 8 to 72 bytes with Triton 3.6
+        assert row["spilled"] <= (72 if path else 0), row
         assert row["registers"] <= 255 and row["shared"] <= aot.SHARED[row["chip"]], row
         assert bool(row["tensor_cores"]) == (row["file"] == "pairwise"), row
         size = {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", row["case"])}
@@ -54,8 +54,8 @@ def test_kernels_fit_the_chips_without_spills(path):
             assert row["multiplications"] == expected, row
         if row["chip"] == 90 and row["file"] == "pairwise":
             widths = [int(product.split("x")[1]) for product in row["tensor_cores"]]  # HGMMA.64x128x16
-            assert min(widths) >= (32 if "_gradient" in row["case"] and "MINED=True" in row["case"] else 64), row
-        if row["file"] == "recall":
+            assert min(widths) >= 64, row
+        if row["file"] == "recall" and not path:
             assert row["hottest_loop"]["FFMA"] * 32 * row["warps"] == size["B"] ** 2 * size["BK"], row
             assert row["hottest_loop"]["FFMA"] > 0.85 * row["hottest_loop"]["all"], row
             assert row["bank_conflicts"] <= 2, row
