@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,6 +17,27 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run by ./run.sh test --slow")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, views left out: on a GPU each is about one launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Counts calls in which the host would wait for a GPU."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        waits = ("__bool__", "cpu", "item", "nonzero", "tolist", "unique", "unique_consecutive")
+        self.count += function.__name__ in waits
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Launches, Reads
 
 import kernels
 import losses
@@ -305,3 +306,23 @@ def test_wrong_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
+@pytest.mark.parametrize("mode", ["clean", "mixed", "embed"])
+def test_launches_do_not_grow_with_the_number_of_classes(name, mode):
+    counts = []
+    for per_class in (2, 4, 8):
+        metric = losses.ProxyAnchor(20, D) if name == "proxyanchor" else make(name)
+        z, y = embeddings(40).detach().float(), torch.arange(40) // per_class
+        i, j = losses.full_bank(y, "positive-negative")
+        with Launches() as launches, Reads() as reads:
+            if mode == "clean":
+                metric(z.requires_grad_(), y).backward()
+            elif mode == "embed":
+                metric.mixed_embed(z.requires_grad_(), y, LAM, "positive-negative").backward()
+            else:
+                metric.mixed(z.requires_grad_(), y, z[i].detach(), i, LAM, "positive-negative").backward()
+        counts.append((launches.count, reads.count))
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][0] <= 150 and counts[0][1] <= 3, counts

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import Launches, Reads
 
 import eval
 import kernels
@@ -63,27 +62,6 @@ def test_ranks_equal_a_loop_in_both_forms(shape, choice, unused, triton_device, 
 def test_two_runs_give_equal_counts(triton_device):
     arguments = inputs("beyond a tile", triton_device)
     assert torch.equal(recall.ranks(*arguments), recall.ranks(*arguments))
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations, views left out: on a GPU each is about one launch."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-class Reads(TorchFunctionMode):
-    """Counts calls in which the host would wait for a GPU."""
-
-    count = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        waits = ("__bool__", "cpu", "item", "nonzero", "tolist", "unique", "unique_consecutive")
-        self.count += function.__name__ in waits
-        return function(*args, **(kwargs or {}))
 
 
 def test_launches_do_not_grow_with_the_number_of_classes(monkeypatch):
