@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
 # ./run.sh all DATASET [--seeds N] [--flag value ..]   the twelve cells of a data set, and a table of them
+#                                                      LOSSES="proxyanchor" MODES="baseline embed": these cells only
 # ./run.sh eval RUN_DIR [--checkpoint best]            every metric of a run's checkpoint
 # ./run.sh bench [KERNEL] [--sizes ..] [--json FILE]   time the kernels against the alternatives
 # ./run.sh test [--slow]                               the tests, or those that take minutes
@@ -35,8 +36,8 @@ case ${1:-} in
             if [[ ${!n} == --seeds ]]; then n=$((n + 1)); seeds=${!n}; else flags+=("${!n}"); fi
         done
         for ((seed = 0; seed < seeds; seed++)); do
-            for loss in contrastive multisimilarity proxyanchor; do
-                for mode in baseline input feature embed; do
+            for loss in ${LOSSES:-contrastive multisimilarity proxyanchor}; do
+                for mode in ${MODES:-baseline input feature embed}; do
                     runs+=("runs/$dataset-$loss-$mode-seed$seed")
                     PYTHON=$python "$here/run.sh" "$dataset" $loss $mode --seed $seed --out "${runs[-1]}" "${flags[@]}"
                 done

@@ -67,7 +67,7 @@ def expand(line):
 
 
 def test_every_printed_command_is_understood(capsys):
-    lines = re.findall(r"^    (?:\w+=\S+ )*\./run\.sh ?(.*?)(?: {2,}#.*)?$", README, re.M)
+    lines = re.findall(r"^    (?:\w+=(?:\"[^\"]*\"|\S+) )*\./run\.sh ?(.*?)(?: {2,}#.*)?$", README, re.M)
     commands = [shlex.split(command) for line in lines for command in expand(line)]
     assert len(commands) > 55
     for words in commands:

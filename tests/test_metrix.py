@@ -432,6 +432,10 @@ def test_run_sh_starts_what_it_is_asked_for(words, processes, starts, tmp_path):
 @pytest.mark.slow
 def test_run_sh_all_runs_every_cell_and_prints_the_table(tree, tmp_path):
     flags = f"--data-root {tree} {SMALL} {SMALL_BATCH} --epochs 1".split()
+    result = run_sh("all", "folder", *flags, cwd=tmp_path, LOSSES="contrastive", MODES="baseline embed")
+    assert result.returncode == 0, result.stderr
+    cells = [f"folder-contrastive-{mode}-seed0" for mode in ("baseline", "embed")]
+    assert sorted(os.listdir(tmp_path / "runs")) == cells
     result = run_sh("all", "folder", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(os.listdir(tmp_path / "runs")) == 12
