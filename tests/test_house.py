@@ -67,7 +67,8 @@ def expand(line):
 
 
 def test_every_printed_command_is_understood(capsys):
-    lines = re.findall(r"^    (?:\w+=(?:\"[^\"]*\"|\S+) )*\./run\.sh ?(.*?)(?: {2,}#.*)?$", README, re.M)
+    variables = r"(?:\w+=(?:\"[^\"]*\"|\S+) )*"
+    lines = re.findall(rf"^    {variables}\./run\.sh ?(.*?)(?: {{2,}}#.*)?$", README.replace("\\\n", ""), re.M)
     commands = [shlex.split(command) for line in lines for command in expand(line)]
     assert len(commands) > 55
     for words in commands:
