@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
 # ./run.sh all DATASET [--seeds N] [--flag value ..]   the twelve cells of a data set, and a table of them
-#                                                      LOSSES="proxyanchor" MODES="baseline embed": these cells only
 # ./run.sh eval RUN_DIR [--checkpoint best]            every metric of a run's checkpoint
 # ./run.sh bench [KERNEL] [--sizes ..] [--json FILE]   time the kernels against the alternatives
 # ./run.sh test [--slow]                               the tests, or those that take minutes
+# MODES="baseline embed" ./run.sh all cub              these modes only; LOSSES chooses losses likewise
 # NPROC=4 ./run.sh sop contrastive feature             four processes, one GPU each (torchrun)
 # PYTHON=/path/to/python ./run.sh                      another Python than the active one
 set -euo pipefail
