@@ -77,7 +77,7 @@ def load(dataset, root, validation=False):
     for name, split in splits._asdict().items():
         if len(split.classes) < 2:
             raise ValueError(f"{root}: {len(split.classes)} class(es) in the {name} split, at least 2 are needed")
-    if lone_queries(splits) == len(query):
+    if queries_without_match(splits) == len(query):
         raise ValueError(f"{root}: no query has another image of its class to find; add images to the test classes")
     for path in (path for split in splits for path in split.paths):
         if not os.path.exists(path):
@@ -85,7 +85,7 @@ def load(dataset, root, validation=False):
     return splits
 
 
-def lone_queries(splits):
+def queries_without_match(splits):
     """The number of queries whose class has no (other) image to find."""
     query, gallery = splits[1], splits[-1]
     class_sizes = np.bincount(gallery.labels, minlength=len(query.classes))
@@ -147,7 +147,7 @@ def find_images(root):
 # ---------------------------------------------------------------------------------------- benchmarks
 
 # Sizes of the full sets. Results on any other size are not comparable with published ones.
-FULL = {
+FULL_SIZES = {
     "cub": dict(train_images=5864, train_classes=100, test_images=5924, test_classes=100),
     "cars": dict(train_images=8054, train_classes=98, test_images=8131, test_classes=98),
     "sop": dict(train_images=59551, train_classes=11318, test_images=60502, test_classes=11316),

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from kernels import TILE, chunks, product, slices
+from kernels import TILE, row_chunks, product, row_slices
 from kernels.recall import TIE, by_label, ranks
 from kernels.top_k import HELD, select, top_k
 
@@ -100,7 +100,7 @@ def _rank_from_rows(query, query_labels, gallery, gallery_labels, shard):
     size = last - first - (s.own >= 0).long()  # (Q,), R of each query
     rank = torch.full_like(size, -1)
     precision = torch.full((2, len(size)), torch.nan, dtype=torch.float64, device=size.device)
-    for rows in chunks(len(size), len(s.gallery), HELD, size.device):
+    for rows in row_chunks(len(size), len(s.gallery), HELD, size.device):
         R, labels, at = size[rows, None], s.query_labels[rows], s.order[rows]
         if not R.any():
             continue  # lone queries
@@ -121,7 +121,7 @@ def _rank_from_rows(query, query_labels, gallery, gallery_labels, shard):
 
 
 def summary(ranking, ks=()):
-    """{"queries", "lone_queries", "recall": {k: share}, and with everything "map_at_r", "r_precision"}."""
+    """{"queries", "queries_without_match", "recall": {k: share}, and with everything "map_at_r", "r_precision"}."""
     if not all(isinstance(k, (int, np.integer)) and k > 0 for k in ks):
         raise ValueError(f"ks must be positive integers, got {ks}")
     found = ranking.rank >= 0
@@ -130,7 +130,7 @@ def summary(ranking, ks=()):
     queries, *hits = torch.stack(counts).tolist()  # one synchronisation
     if not queries:
         raise ValueError("no query has another item of its class to find")
-    result = dict(queries=queries, lone_queries=len(found) - queries)
+    result = dict(queries=queries, queries_without_match=len(found) - queries)
     result["recall"] = {k: hit / queries for k, hit in zip(ks, hits)}
     if ranking.average_precision is not None:
         result["map_at_r"] = ranking.average_precision[found].mean().item()
@@ -172,8 +172,8 @@ def uniformity(z):
     if len(z) < 2:
         raise ValueError("uniformity: expected at least two embeddings")
     total = torch.zeros((), dtype=torch.float64, device=z.device)
-    for cols in slices(0, len(z), TILE):
-        for rows in slices(0, cols.stop, TILE):
+    for cols in row_slices(0, len(z), TILE):
+        for rows in row_slices(0, cols.stop, TILE):
             kernel = _square_distances(z[rows], z[cols]).mul_(-2).exp_()
             total += (kernel.triu_(1) if rows == cols else kernel).sum(dtype=torch.float64)
     return torch.log(total / (len(z) * (len(z) - 1) / 2)).item()
@@ -185,7 +185,7 @@ def utilization(test, train):
     if not len(test) or not len(train) or test.shape[1] != train.shape[1]:
         raise ValueError(f"utilization: {tuple(test.shape)} test and {tuple(train.shape)} training embeddings")
     total = 0.0
-    for rows in chunks(len(test), len(train), HELD, test.device):
+    for rows in row_chunks(len(test), len(train), HELD, test.device):
         nearest = _square_distances(test[rows], train).argmin(1)
         total += (test[rows].double() - train[nearest].double()).square().sum().item()
     return total / len(test)

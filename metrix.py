@@ -56,7 +56,7 @@ def step(model, metric, images, y, config, lam, pairing):
         i, j = losses.hardest_bank(z, y, pairing, config.hardest)  # (M,)
         if len(i):
             images, a, b = gather(images), shard(i), shard(j)
-            with models.keep_statistics(model):  # mixed images are not test images
+            with models.no_stats_update(model):  # mixed images are not test images
                 v = model.head(gather(model.features(lam * images[a] + (1 - lam) * images[b])))  # (M, D)
             loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
     return loss
@@ -154,7 +154,7 @@ class Config:
 
 RESUMABLE_WITH_ANOTHER = ("data_root", "out", "num_workers", "device", "kernels", "resume")
 CHOICES = dict(dataset=data.DATASETS, loss=LOSSES, mode=MODES, net=models.NETS, precision=("fp32", "bf16"))
-CHOICES |= dict(bn=models.BATCH_NORMS, kernels=kernels.CHOICES)
+CHOICES |= dict(bn=models.BATCH_NORMS, kernels=kernels.BACKENDS)
 
 # The paper's recipes by data sets, losses and mode ("mixed" for input, feature and embed), from the authors' commands.
 # A folder follows CUB, with balanced batches.
@@ -236,7 +236,7 @@ def check(config):
         raise ValueError(f"--device {config.device} is not available on this machine; try --device cpu") from None
     if config.bn == "train" and world_size() > 1 and not probe.is_cuda:
         raise ValueError("--bn train on several processes is SyncBatchNorm, which needs GPUs; use --bn stats")
-    kernels.choice = config.kernels
+    kernels.backend = config.kernels
     kernels.use_triton(probe)
 
 
@@ -354,7 +354,7 @@ def evaluate_run(arguments):
 
 def open_run(config, splits, model, metric, optimizer):
     """Start OUT/, or load the state of the run in it. Returns its log so far."""
-    settings = vars(config) | data.sizes(splits) | dict(lone_queries=data.lone_queries(splits))
+    settings = vars(config) | data.sizes(splits) | dict(queries_without_match=data.queries_without_match(splits))
     if not os.path.exists(f"{config.out}/last.pt"):
         if config.resume:
             raise ValueError(f"--resume: {config.out} holds no run to resume")
@@ -511,9 +511,9 @@ def describe_data(config, splits):
     """Sizes, and a warning if results will not be comparable with published ones."""
     parts = [f"{name}: {len(s)} images of {len(s.classes)} classes" for name, s in splits._asdict().items()]
     print("  " + ", ".join(parts))
-    if lone := data.lone_queries(splits):
+    if lone := data.queries_without_match(splits):
         print(f"  {lone} queries have no other image of their class and are left out")
-    full, found = data.FULL.get(config.dataset), data.sizes(splits)
+    full, found = data.FULL_SIZES.get(config.dataset), data.sizes(splits)
     if full and full != found and not config.validation:
         print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
 

@@ -102,7 +102,7 @@ class ResNet(nn.Module):
 
 
 @contextlib.contextmanager
-def keep_statistics(model):
+def no_stats_update(model):
     """Batch norm in training mode normalises by its own batch, but leaves its running statistics as they are."""
     for norm in model.norms():
         norm.track_running_stats = False

@@ -1,6 +1,6 @@
 """Fused kernels for the places where metric learning spends its time: one file each, plain tensors in and out.
 
-Every public function has a plain PyTorch form and a Triton form with the same signature. `choice`, set by --kernels,
+Every public function has a plain PyTorch form and a Triton form with the same signature. `backend`, set by --kernels,
 picks one: "torch", "triton", or "auto", which uses Triton on a GPU where there is enough to do. This file holds what
 the kernels share: the switch, launches, tiled products, and the terms that a pair of embeddings adds to a loss.
 """
@@ -24,28 +24,28 @@ except ImportError:  # no Triton for this platform
         return function or jit
 
 
-CHOICES = ("auto", "torch", "triton")
-choice = "auto"
+BACKENDS = ("auto", "torch", "triton")
+backend = "auto"
 # Terms (pairs, triplets, mixed features) below which "auto" stays with PyTorch on a GPU too: its matrices then fit in
 # the L2 cache, and a kernel whose programs own rows would not fill the chip. By counting instructions; not measured.
-PLAIN_BELOW = 2**24
+TRITON_FROM = 2**24
 TILE = 1024  # rows and columns of similarities at a time: 4 MiB
 # Multiplications from which a CPU product goes to oneDNN: up to twice MKL's speed on AMD, but slower to start.
 ONEDNN_FROM = 2**25 if torch.backends.mkldnn.is_available() else float("inf")
 
 
-def use_triton(tensor, terms=PLAIN_BELOW):
+def use_triton(tensor, terms=TRITON_FROM):
     """Whether to run the Triton form on this tensor, never for float64.
 
     Raises ValueError if it was asked for and cannot run.
     """
-    if choice == "triton":
+    if backend == "triton":
         if triton is None:
             raise ValueError("--kernels triton: Triton is not installed; use --kernels torch")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("--kernels triton: no GPU; set TRITON_INTERPRET=1 to run the kernels, slowly, on the CPU")
-    automatic = choice == "auto" and tensor.is_cuda and triton is not None and terms >= PLAIN_BELOW
-    return (choice == "triton" or automatic) and tensor.dtype != torch.float64
+    automatic = backend == "auto" and tensor.is_cuda and triton is not None and terms >= TRITON_FROM
+    return (backend == "triton" or automatic) and tensor.dtype != torch.float64
 
 
 def launch(kernel, grid, *arguments, **options):
@@ -75,16 +75,16 @@ def product(rows, cols):
         torch.set_float32_matmul_precision(before)
 
 
-def slices(start, stop, size):
+def row_slices(start, stop, size):
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def chunks(rows, width, terms, device):
+def row_chunks(rows, width, terms, device):
     """Slices of rows of so many terms on a CPU, for its caches, and of 2^26 on a GPU, where each slice is launches."""
-    return slices(0, rows, max(1, (terms if device.type == "cpu" else 2**26) // max(width, 1)))
+    return row_slices(0, rows, max(1, (terms if device.type == "cpu" else 2**26) // max(width, 1)))
 
 
-def padded(z, multiple):
+def pad_columns(z, multiple):
     """z with zero columns up to a multiple: the kernels then need no mask along D, and loads are wide."""
     return torch.nn.functional.pad(z, (0, -z.shape[1] % multiple)).contiguous()
 

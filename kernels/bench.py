@@ -153,11 +153,11 @@ def in_torch(function):
     """The function with the kernels' plain form."""
 
     def run(k):
-        before, kernels.choice = kernels.choice, "torch"
+        before, kernels.backend = kernels.backend, "torch"
         try:
             return function(k)
         finally:
-            kernels.choice = before
+            kernels.backend = before
 
     return run
 

@@ -17,7 +17,7 @@ Shapes: B images, C channels, S = h*w positions, M pairs, K pairs of one chunk.
 
 import torch
 
-from kernels import chunks, jit, launch, tl, triton, use_triton
+from kernels import row_chunks, jit, launch, tl, triton, use_triton
 
 CHUNK = 2**17  # values (pairs x channels) at a time on a CPU: five float32 arrays of them stay in a core's L2 cache
 
@@ -31,7 +31,7 @@ def torch_forward(features, i, j, lam, in_order=False):
     pooled = features.new_empty(len(i), features.shape[1])  # (M, C)
     argmax = torch.empty(pooled.shape, dtype=torch.uint8, device=features.device)
     first, second = lam * maps, (1 - lam) * maps
-    for k in chunks(*pooled.shape, CHUNK, pooled.device):
+    for k in row_chunks(*pooled.shape, CHUNK, pooled.device):
         largest, position = _max_of_sum(first, second, i[k], j[k])
         pooled[k] = largest + lam * mean[i[k]] + (1 - lam) * mean[j[k]]
         argmax[k] = position
@@ -44,7 +44,7 @@ def torch_backward(grad, argmax, i, j, lam, shape):
     mean_grad = grad.new_zeros(B, C, dtype=_compute_type(grad))
     features_grad = grad.new_zeros(h * w, B, C, dtype=_compute_type(grad))
     flat, channel = features_grad.view(-1), torch.arange(C, device=grad.device)
-    for k in chunks(*grad.shape, CHUNK, grad.device):
+    for k in row_chunks(*grad.shape, CHUNK, grad.device):
         place = argmax[k].long() * (B * C) + channel  # (K, C)
         for image, weight in ((i[k], lam), (j[k], 1 - lam)):
             share = weight * grad[k].to(_compute_type(grad))  # (K, C)

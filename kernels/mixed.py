@@ -21,7 +21,7 @@ Shapes: A anchors, B examples, R pairs of an anchor and a positive part.
 import torch
 
 from kernels import TINY, slope_tile, slopes, term_tile, terms
-from kernels import chunks, jit, launch, tl, use_triton
+from kernels import row_chunks, jit, launch, tl, use_triton
 
 CHUNK = 2**14  # triplets at a time on a CPU: a dozen float32 arrays of them, 0.75 MiB, stay in a core's L2 cache
 
@@ -38,7 +38,7 @@ def _mixed(W, S, a, p, lam):
 def _torch_sums(W, S, y, a, p, lam, rho):
     """sums (4, A): pull, push and how many terms of each are not zero."""
     sums = W.new_zeros(4, len(W))
-    for r in chunks(len(a), len(y), CHUNK, W.device):
+    for r in row_chunks(len(a), len(y), CHUNK, W.device):
         m, _ = _mixed(W, S, a[r], p[r], lam)
         both = terms(m, rho).mul_((y[p[r], None] != y).to(m.dtype))  # (2, R, B)
         sums.index_add_(1, a[r], torch.cat([both.sum(2), (both > 0).sum(2)]))
@@ -48,7 +48,7 @@ def _torch_sums(W, S, y, a, p, lam, rho):
 def _torch_gradients(W, S, y, a, p, lam, rho, pull_grad, push_grad):
     """dW and dS."""
     dW, dS, grad = torch.zeros_like(W), torch.zeros_like(S), torch.stack([pull_grad, push_grad])
-    for r in chunks(len(a), len(y), CHUNK, W.device):
+    for r in row_chunks(len(a), len(y), CHUNK, W.device):
         m, square = _mixed(W, S, a[r], p[r], lam)
         g = slopes(m, rho).mul_(grad[:, a[r], None]).sum(0).mul_(y[p[r], None] != y)  # (R, B)
         dS.index_add_(0, p[r], (g * m / square).mul_(square > TINY), alpha=-lam * (1 - lam))

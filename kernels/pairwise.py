@@ -40,7 +40,7 @@ Shapes: R rows, N columns, D embedding size.
 import torch
 
 from kernels import HINGE, slope_tile, slopes, term_tile, terms
-from kernels import chip, chunks, jit, launch, padded, product, tl, triton, use_triton
+from kernels import chip, row_chunks, jit, launch, pad_columns, product, tl, triton, use_triton
 
 CHUNK = 2**18  # pairs at a time on a CPU: a float32 array of them stays in a core's L2 cache
 ALL, LOWEST, PUSH, PULL = range(4)  # what a launch of _sums finds; the last three are the passes of mining
@@ -87,7 +87,7 @@ def _torch_sums(x, v, row, column, rho, epsilon, mixed):
     That is the mining limits (2, R) or None, and the pairs if they are a single chunk.
     """
     sums, limits = x.new_empty(4, len(x)), None if epsilon is None else x.new_empty(2, len(x))
-    parts = chunks(len(x), len(v), CHUNK, x.device)
+    parts = row_chunks(len(x), len(v), CHUNK, x.device)
     for r in parts:
         s, masks = pairs = _pairs(x[r], v, row[:, r], column, mixed)
         if limits is not None:
@@ -106,7 +106,7 @@ def _torch_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs):
     """
     symmetric, v = v is None, x if v is None else v
     dx, dv = torch.empty_like(x) if needs[0] else None, torch.zeros_like(v) if needs[1] else None
-    for r in chunks(len(x), len(v), CHUNK, x.device):
+    for r in row_chunks(len(x), len(v), CHUNK, x.device):
         s, masks = pairs or _pairs(x[r], v, row[:, r], column, mixed)
         weights = _mine(s, masks, None if limits is None else limits[:, r], 1) * grad[:, r, None]
         if symmetric:  # s[r,c] is also s[c,r]: add what it is to row c
@@ -305,7 +305,7 @@ def _operands(x, left):
 
     One product of the left [hi, hi, lo] and the right [hi, lo, hi] gives all but lo lo. Sixteen-bit ones are (N, D).
     """
-    x = padded(x, WIDTH)
+    x = pad_columns(x, WIDTH)
     if x.dtype == torch.float32:
         hi = x.bfloat16()
         lo = (x - hi).bfloat16()

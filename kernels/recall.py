@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels import TILE, jit, launch, padded, product, slices, tl, use_triton
+from kernels import TILE, jit, launch, pad_columns, product, row_slices, tl, use_triton
 
 TIE = 1e-6
 BATCH = 2**22  # similarities held at a time while looking for the best positives
@@ -50,7 +50,7 @@ def best_positives(query, query_labels, gallery, gallery_labels, own):
         for part in group.split(max(1, BATCH // 2 ** (i + j)), dim=1) if j >= 0 else ():
             first_query, last_query, first_item, last_item = part  # (classes, 1)
             columns = (first_item + offsets[: 2**j]).minimum(last_item)  # (classes, 2^j)
-            for rows in slices(0, 2**i, max(1, BATCH // 2**j)):
+            for rows in row_slices(0, 2**i, max(1, BATCH // 2**j)):
                 at = (first_query + offsets[rows]).minimum(last_query)
                 sim = torch.bmm(query[at], gallery[columns].mT)  # (classes, rows, 2^j)
                 best[at] = sim.masked_fill_(columns[:, None] == own[at][..., None], -torch.inf).amax(2)
@@ -63,9 +63,9 @@ def best_positives(query, query_labels, gallery, gallery_labels, own):
 def _torch_count(query, query_labels, gallery, gallery_labels, bound, symmetric):
     """(Q,) items of another class with similarity >= bound (Q,). symmetric: the queries are the gallery."""
     count = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    for cols in slices(0, len(gallery), TILE):
+    for cols in row_slices(0, len(gallery), TILE):
         items, item_labels = gallery[cols], gallery_labels[cols]
-        for rows in slices(0, cols.stop if symmetric else len(query), TILE):
+        for rows in row_slices(0, cols.stop if symmetric else len(query), TILE):
             labels = query_labels[rows]
             sim = product(query[rows], items)  # (rows, cols)
             if labels[0] <= item_labels[-1] and item_labels[0] <= labels[-1]:
@@ -120,8 +120,8 @@ LAUNCH = dict(num_warps=4, num_stages=3)
 def _triton_count(query, query_labels, gallery, gallery_labels, bound, symmetric):
     """As _torch_count, in one launch."""
     Q, G = len(query), len(gallery)
-    query = padded(padded(query, META["BK"]).T, META["B"])
-    gallery = query if symmetric else padded(padded(gallery, META["BK"]).T, META["B"])
+    query = pad_columns(pad_columns(query, META["BK"]).T, META["B"])
+    gallery = query if symmetric else pad_columns(pad_columns(gallery, META["BK"]).T, META["B"])
     count = torch.zeros(Q, dtype=torch.int32, device=query.device)
     grid = (query.shape[1] // META["B"] * (gallery.shape[1] // META["B"]),)
     arguments = (query, gallery, query_labels, gallery_labels, bound, count, Q, G, len(query))

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from kernels import chunks, product
+from kernels import row_chunks, product
 
 HELD = 2**22  # similarities held at a time on a CPU
 
@@ -31,7 +31,7 @@ def top_k(query, gallery=None, k=1, exclude_self=False):
         raise ValueError(f"top_k: k is {k}, but there are {items} items to find")
     query, gallery = query.float(), gallery.float()
     values, indices = query.new_empty(len(query), k), torch.empty(len(query), k, dtype=torch.int64, device=query.device)
-    for rows in chunks(len(query), len(gallery), HELD, query.device):
+    for rows in row_chunks(len(query), len(gallery), HELD, query.device):
         sim = product(query[rows], gallery)
         if exclude_self:
             sim.diagonal(rows.start).fill_(-torch.inf)

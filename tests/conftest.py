@@ -50,7 +50,7 @@ def triton_device(monkeypatch):
     new_numpy = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
     if not torch.cuda.is_available() and kernels.triton.__version__ < "3.7" and new_numpy:
         pytest.skip("the interpreter of Triton 3.6 cannot run loops with NumPy 2.4 or newer")
-    monkeypatch.setattr(kernels, "choice", "triton")
+    monkeypatch.setattr(kernels, "backend", "triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -44,9 +44,9 @@ def test_validation_splits_the_training_classes_in_half(tmp_path, write_tree):
 
 def test_queries_without_a_match_are_counted(tmp_path, write_tree):
     write_tree(tmp_path, {"train/a": 2, "train/b": 2, "test/c": 1, "test/d": 3, "test/e": 1})
-    assert data.lone_queries(data.load("folder", str(tmp_path))) == 2
+    assert data.queries_without_match(data.load("folder", str(tmp_path))) == 2
     query, gallery = data.Split(["1", "2"], [0, 1], ["c", "d"]), data.Split(["3"], [1], ["c", "d"])
-    assert data.lone_queries(data.RetrievalSplits(None, query, gallery)) == 1
+    assert data.queries_without_match(data.RetrievalSplits(None, query, gallery)) == 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_every_layout_is_found_and_split(write, options, inner, tmp_path):
     assert [(len(split), len(split.classes)) for split in splits] == EXPECTED[dataset]
     train, query, gallery = splits[0], splits[1], splits[-1]
     assert not set(train.classes) & set(query.classes) and query.classes == gallery.classes
-    assert data.sizes(splits)["train_images"] == len(train) and data.sizes(splits) != data.FULL[dataset]
+    assert data.sizes(splits)["train_images"] == len(train) and data.sizes(splits) != data.FULL_SIZES[dataset]
     for split in splits:
         assert len(set(split.paths)) == len(split.labels) and set(split.labels) == set(range(len(split.classes)))
         assert {data.open_image(path).mode for path in split.paths} == {"RGB"}
@@ -277,13 +277,13 @@ def test_full_lists_have_the_full_sizes(tmp_path):
     for name, images, first, classes in (("train", 59551, 1, 11318), ("test", 60502, 11319, 11316)):
         lines = [f"{n} {first + n % classes} 1 chair_final/{n}.JPG" for n in range(images)]
         save_lines(tmp_path / f"Ebay_{name}.txt", ["image_id class_id super_class_id path", *lines])
-    assert data.sizes(data.load_sop(str(tmp_path))) == data.FULL["sop"]
+    assert data.sizes(data.load_sop(str(tmp_path))) == data.FULL_SIZES["sop"]
     lines = []
     parts = [("train", 25882, 0, 3997), ("query", 14218, 4000, 3985), ("gallery", 12612, 4000, 3985)]
     for part, images, first, items in parts:
         lines += [f"img/{part}/{n}.jpg  id_{first + n % items:08d}  {part}" for n in range(images)]
     save_lines(tmp_path / INSHOP_LIST, [str(len(lines)), "image_name item_id evaluation_status", *lines])
-    assert data.sizes(data.load_inshop(str(tmp_path))) == data.FULL["inshop"]
+    assert data.sizes(data.load_inshop(str(tmp_path))) == data.FULL_SIZES["inshop"]
 
 
 # ----------------------------------------------------------------------------------------------- toy

@@ -32,7 +32,7 @@ def sorted_metrics(query, query_labels, gallery=None, gallery_labels=None):
         r_precision.append(sum(found[:R]) / R)
         average_precision.append(sum(found[r] * sum(found[: r + 1]) / (r + 1) for r in range(R)) / R)
     mean = lambda values: sum(values) / len(values)
-    result = dict(queries=len(r_precision), lone_queries=len(query) - len(r_precision))
+    result = dict(queries=len(r_precision), queries_without_match=len(query) - len(r_precision))
     result |= dict(recall={k: mean(hits[k]) for k in KS})
     return result | dict(map_at_r=mean(average_precision), r_precision=mean(r_precision))
 
@@ -144,7 +144,7 @@ def test_lone_queries_are_left_out():
     assert ranking.rank.tolist() == [2, -1, -1, 2]
     assert ranking.r_precision.isnan().tolist() == [False, True, True, False]
     value = eval.summary(ranking, ks=(2, 3))
-    assert value == dict(queries=2, lone_queries=2, recall={2: 0.0, 3: 1.0}, map_at_r=0.0, r_precision=0.0)
+    assert value == dict(queries=2, queries_without_match=2, recall={2: 0.0, 3: 1.0}, map_at_r=0.0, r_precision=0.0)
 
 
 def test_arrays_and_any_float_type_are_accepted(case):

@@ -267,7 +267,7 @@ def test_bf16_rounds_the_embeddings_of_pairs(triton_device):
     z = torch.nn.functional.normalize(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), dim=1)
     z, rounded = z.to(triton_device), z.bfloat16().float().to(triton_device)
     keys = torch.stack([y, torch.arange(24, device=triton_device)])
-    for kernels.choice in ("torch", "triton"):
+    for kernels.backend in ("torch", "triton"):
         metric = losses.Contrastive(neg_margin=1.5, precision="bf16")
         expected = metric.from_sums(*pair_sums(rounded, None, keys, keys, metric.rho))
         torch.testing.assert_close(metric(z, y), expected)

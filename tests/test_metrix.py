@@ -107,7 +107,7 @@ def test_triton_and_torch_agree_all_along_a_training_run(loss, mode, triton_devi
         monkeypatch.setattr(file, "_triton_sums", lambda *a, form=form: launches.append(1) or form(*a))
     for n in range(3):
         results = []
-        for kernels.choice in ("torch", "triton"):
+        for kernels.backend in ("torch", "triton"):
             launches.clear()
             pairing = metric.pairings[n % len(metric.pairings)]
             value = metrix.step(net, metric, images, y, config, 0.3 + 0.1 * n, pairing)
@@ -115,7 +115,7 @@ def test_triton_and_torch_agree_all_along_a_training_run(loss, mode, triton_devi
             value.backward()
             gradient = torch.cat([p.grad.flatten() for p in [*net.parameters(), *metric.parameters()]])
             results.append((value.item(), gradient))
-            assert bool(launches) == (kernels.choice == "triton")
+            assert bool(launches) == (kernels.backend == "triton")
         (value, gradient), (fused_value, fused_gradient) = results
         assert fused_value == pytest.approx(value, rel=1e-4)  # the pair loss multiplies in bf16x3
         assert (fused_gradient - gradient).norm() < 1e-3 * gradient.norm()

@@ -63,7 +63,7 @@ def sparse_relu(*shape):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 def test_ties_give_their_gradient_to_the_first_position(form, triton_device, monkeypatch):
-    monkeypatch.setattr(kernels, "choice", form)
+    monkeypatch.setattr(kernels, "backend", form)
     torch.manual_seed(0)
     features = sparse_relu(6, 8, 4, 4).to(triton_device)
     i, j = torch.randint(6, (2, 30), device=triton_device)
@@ -83,8 +83,8 @@ def forms_agree(triton_device, monkeypatch):
         features, i, j = features.to(triton_device), i.to(triton_device), j.to(triton_device)
         upstream = torch.randn(len(i), features.shape[1], device=triton_device).to(features.dtype)
         results = {}
-        for form in kernels.CHOICES[1:]:
-            monkeypatch.setattr(kernels, "choice", form)
+        for form in kernels.BACKENDS[1:]:
+            monkeypatch.setattr(kernels, "backend", form)
             torch.use_deterministic_algorithms(form == "triton")  # which also fills what is allocated, with NaN or 255
             results[form] = value_and_gradient(mix_pool, features, i, j, lam, upstream)
         for ours, expected in zip(results["triton"], results["torch"]):
@@ -175,8 +175,8 @@ def test_a_feature_step_is_the_same_in_both_forms(triton_device, monkeypatch):
     model = models.ResNet(blocks=(1, 1), width=8, embedding_size=8, bn="train").to(triton_device)
     images = torch.randn(len(Y), 3, 24, 24, device=triton_device).contiguous(memory_format=torch.channels_last)
     config, results = types.SimpleNamespace(mode="feature", mix_weight=0.4), []
-    for form in kernels.CHOICES[1:]:
-        monkeypatch.setattr(kernels, "choice", form)
+    for form in kernels.BACKENDS[1:]:
+        monkeypatch.setattr(kernels, "backend", form)
         loss = metrix.step(model, losses.Contrastive(), images, Y.to(triton_device), config, 0.3, "positive-negative")
         results.append([x.flatten() for x in (loss, *torch.autograd.grad(loss, [*model.parameters()]))])
     for plain, fused in zip(*results):

@@ -98,7 +98,7 @@ def test_triton_equals_the_plain_form(batch, form, rho, triton_device, monkeypat
     x, v, row, column = (z if z is None else z.to(triton_device) for z in (x, v, row, column))
     rest = row, column, RHOS[rho], epsilon, mixed
     fused = with_gradients(pairwise.pair_sums, x, v, *rest)
-    monkeypatch.setattr(kernels, "choice", "torch")
+    monkeypatch.setattr(kernels, "backend", "torch")
     tolerance = 1e-4 if rho == "steep" else 1e-5  # exponents magnify bf16x3's error
     assert_close(fused, with_gradients(pairwise.pair_sums, x, v, *rest), tolerance)
 
@@ -138,7 +138,7 @@ def test_a_mix_of_opposite_embeddings_has_finite_gradients(lam, triton_device, m
     z = embeddings(y.cpu()).to(triton_device)
     z[3] = -z[0]
     for metric in (losses.Contrastive(1.45), losses.MultiSimilarity(), losses.ProxyAnchor(3, 24).to(triton_device)):
-        for kernels.choice in ("torch", "triton"):
+        for kernels.backend in ("torch", "triton"):
             x = z.clone().requires_grad_()
             metric.mixed_embed(x, y, lam, "positive-negative").backward()
             assert x.grad.isfinite().all()
@@ -176,12 +176,12 @@ def test_the_switch_chooses_the_form(choice, triton_device, monkeypatch):
     for file in (pairwise, mixed):
         for name in ("sums", "gradients"):
             monkeypatch.setattr(file, f"{other}_{name}", None)  # calling it is an error
-    monkeypatch.setattr(kernels, "choice", choice)
+    monkeypatch.setattr(kernels, "backend", choice)
     run_everything(triton_device)
 
 
 def test_a_choice_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(kernels, "choice", "triton")
+    monkeypatch.setattr(kernels, "backend", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         losses.Contrastive()(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]))

@@ -48,7 +48,7 @@ def loop(query, query_labels, gallery=None, gallery_labels=None):
 @pytest.mark.parametrize("choice, unused", [("torch", "_triton_count"), ("triton", "_torch_count")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ranks_equal_a_loop_in_both_forms(shape, choice, unused, triton_device, monkeypatch):
-    monkeypatch.setattr(kernels, "choice", choice)
+    monkeypatch.setattr(kernels, "backend", choice)
     monkeypatch.setattr(recall, unused, None)  # calling it is an error: the switch switches
     monkeypatch.setattr(recall, "TILE", 32)
     monkeypatch.setattr(recall, "BATCH", 50)
