@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import EXPONENTIAL, HINGE, Rho
+from kernels import EXPONENTIAL, HINGE, Rho, full_precision, product, similarities
 from kernels.mixed import embed_sums
 from kernels.pairwise import pair_sums
 
@@ -53,9 +53,8 @@ def hardest_bank(z, y, pairing, hardest=1):
     Hardest means highest similarity to a. No gradient flows through the choice.
     z: (B, D), y: (B,). Returns i, j: int64 (M,), sorted by i, then j.
     """
-    with torch.autocast(z.device.type, enabled=False):
-        z = _unit(z.detach())
-        sim = (z @ z.T).masked_fill(y[:, None] == y, -torch.inf)  # (B, B)
+    z = _unit(z.detach())
+    sim = product(z, z).masked_fill_(y[:, None] == y, -torch.inf)  # (B, B)
     top, negative = sim.topk(min(hardest, len(y)), dim=1)  # (B, hardest)
     a, x = in_bank(*bank_keys(y, _arange(y), pairing)).nonzero(as_tuple=True)  # (R,)
     pair = (x[:, None] * len(y) + negative[a])[top[a] > -torch.inf].unique()
@@ -108,7 +107,7 @@ def _full_precision(method):
         y = y.long()
         if len(y) and y.abs().max() >= 2**24:  # the kernels compare labels as float32
             y = y.unique(return_inverse=True)[1]
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             return method(self, _unit(z), y, *args)
 
     return wrapped
@@ -149,7 +148,7 @@ class MetricLoss(nn.Module):
         """Equals `mixed` with the full bank of v = lam*z[i] + (1-lam)*z[j], from Gram matrices alone."""
         anchors, rows, columns = self.anchors(z, y, _arange(y), pairing)
         a, p = in_bank(rows, columns).nonzero(as_tuple=True)  # (R,)
-        return self.from_sums(*embed_sums(anchors @ z.T, z @ z.T, y, a, p, lam, self.rho), lam)
+        return self.from_sums(*embed_sums(similarities(anchors, z), similarities(z, z), y, a, p, lam, self.rho), lam)
 
     def pair_sums(self, x, v, *rest, **options):
         if self.precision == "bf16":

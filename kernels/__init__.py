@@ -63,16 +63,48 @@ def chip(device):
     return properties.multi_processor_count, properties.major
 
 
-def product(rows, cols):
-    """rows @ cols.T, in full precision for float32 whatever the caller has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+@contextlib.contextmanager
+def full_precision(device):
+    """Inside, products of float32 keep all its digits, even where the caller has allowed TF32, bfloat16 or autocast."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions = [backend.fp32_precision for backend in backends]
     try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch raises it where the caller has set fp32_precision
+        precision = "highest"
+    torch.set_float32_matmul_precision("highest")  # this sets fp32_precision to "ieee" as well
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, precisions):
+            backend.fp32_precision = precision
+
+
+def product(rows, cols):
+    """rows @ cols.T in full precision."""
+    with full_precision(rows.device):
         if rows.device.type == "cpu" and rows.dtype == torch.float32 and len(rows) * cols.numel() > ONEDNN_FROM:
             return torch.ops.mkldnn._linear_pointwise(rows, cols, None, "none", [], "")
         return rows @ cols.T
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+
+class _Similarities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return product(a, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return similarities(grad, b.T), similarities(grad.T, a.T)
+
+
+def similarities(a, b):
+    """a @ b.T in full precision, also in the backward pass, where autograd would multiply as the caller allows."""
+    return _Similarities.apply(a, b)
 
 
 def row_slices(start, stop, size):

@@ -202,7 +202,7 @@ def _grouped(key, groups, in_order=False):
 class _MixPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, i, j, lam, in_order):
-        ctx.triton = use_triton(features, len(i) * features.shape[1])
+        ctx.triton = use_triton(features, len(i) * features[0].numel())
         pooled, argmax = (triton_forward if ctx.triton else torch_forward)(features, i, j, lam, in_order)
         ctx.save_for_backward(i, j, argmax)
         ctx.lam, ctx.shape = lam, features.shape

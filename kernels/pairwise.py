@@ -115,7 +115,7 @@ def _torch_gradients(x, v, row, column, rho, limits, pairs, mixed, grad, needs):
         if needs[0]:
             dx[r] = product(g, v.T)
         if needs[1]:
-            dv.addmm_(g.T, x[r])
+            dv += product(g.T, x[r].T)
     return dx, dv
 
 

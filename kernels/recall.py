@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels import TILE, jit, launch, pad_columns, product, row_slices, tl, use_triton
+from kernels import TILE, full_precision, jit, launch, pad_columns, product, row_slices, tl, use_triton
 
 TIE = 1e-6
 BATCH = 2**22  # similarities held at a time while looking for the best positives
@@ -52,7 +52,8 @@ def best_positives(query, query_labels, gallery, gallery_labels, own):
             columns = (first_item + offsets[: 2**j]).minimum(last_item)  # (classes, 2^j)
             for rows in row_slices(0, 2**i, max(1, BATCH // 2**j)):
                 at = (first_query + offsets[rows]).minimum(last_query)
-                sim = torch.bmm(query[at], gallery[columns].mT)  # (classes, rows, 2^j)
+                with full_precision(device):
+                    sim = torch.bmm(query[at], gallery[columns].mT)  # (classes, rows, 2^j)
                 best[at] = sim.masked_fill_(columns[:, None] == own[at][..., None], -torch.inf).amax(2)
     return best
 

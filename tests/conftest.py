@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton's interpreter, on the CPU
+torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU are compared with those of a CPU
 
 
 def pytest_configure(config):
