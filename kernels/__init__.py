@@ -68,26 +68,33 @@ def sm_count_and_arch(device):
 # ------------------------------------------------------------------------------------------ products
 
 
+PRECISIONS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # of GPUs, of CPUs
+
+
+def relaxed(device):
+    """Whether the caller allows products of float32 with fewer digits: TF32, bfloat16 or autocast."""
+    return torch.is_autocast_enabled(device.type) or any(p.fp32_precision not in ("none", "ieee") for p in PRECISIONS)
+
+
 @contextlib.contextmanager
 def full_precision(device):
-    """Inside, products of float32 keep all its digits, even where the caller has allowed TF32, bfloat16 or autocast."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    precisions = [backend.fp32_precision for backend in backends]
-    if not torch.is_autocast_enabled(device.type) and {*precisions} <= {"none", "ieee"}:
-        yield  # the caller allows nothing
+    """Inside, products of float32 keep all their digits, whatever the caller allows."""
+    if not relaxed(device):
+        yield
         return
+    before = [p.fp32_precision for p in PRECISIONS]
     try:
-        precision = torch.get_float32_matmul_precision()
+        legacy = torch.get_float32_matmul_precision()
     except RuntimeError:  # PyTorch raises it where the caller has set fp32_precision
-        precision = "highest"
+        legacy = "highest"
     torch.set_float32_matmul_precision("highest")  # this sets fp32_precision to "ieee" as well
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        for backend, precision in zip(backends, precisions):
-            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(legacy)
+        for p, precision in zip(PRECISIONS, before):
+            p.fp32_precision = precision
 
 
 def product(a, b):
@@ -98,7 +105,7 @@ def product(a, b):
         return a @ b.T
 
 
-class _Similarities(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
@@ -111,8 +118,8 @@ class _Similarities(torch.autograd.Function):
 
 
 def similarities(a, b):
-    """a @ b.T. The backward pass is in full precision too, where autograd alone would use the caller's precision."""
-    return _Similarities.apply(a, b)
+    """a @ b.T. The backward pass is in full precision too, where autograd would use what the caller allows."""
+    return _Product.apply(a, b) if relaxed(a.device) else a @ b.T
 
 
 def row_slices(start, stop, size):

@@ -83,7 +83,7 @@ def test_mixed_maps_of_a_shuffled_batch_reach_the_kernel_under_both_pairings(pai
     """CUB and Cars: of 100 images, 67 have another image of their class. Mixed are 2,048 maps of 49 values."""
     counted = []
     monkeypatch.setattr(mix_pool, "use_triton", lambda tensor, terms: counted.append(terms) or False)
-    monkeypatch.setattr(mix_pool, "torch_forward", lambda features, i, *_: (features.new_empty(len(i), 1),) * 2)
+    monkeypatch.setattr(mix_pool, "plain_forward", lambda features, i, *_: (features.new_empty(len(i), 1),) * 2)
     y = torch.cat([torch.arange(67) // 2, 100 + torch.arange(33)])  # a class of three, the other ones of two and one
     y[66] = 0
     i, j = losses.full_bank(y, pairing)
