@@ -5,19 +5,23 @@
     test_loader(...)      resize + centre crop, in order
     normalize(images)     uint8 batches from the loaders -> float32, on the images' device
 
-cub, cars, sop and inshop are read from their own lists. `folder` is any tree of images; a class is a directory that
-directly holds images. `toy` is generated on first use, then read like a folder:
+cub, cars, sop and inshop are read from their own lists. `toy` is generated on first use. `folder` is any tree of
+images. Every directory that directly holds images is a class. Two layouts work:
 
-    ROOT/train/../CLASS/IMAGE  and  ROOT/test/../CLASS/IMAGE, or
-    ROOT/../CLASS/IMAGE        the first half of the sorted classes trains, the second half tests
+    ROOT/train/../CLASS/IMAGE and ROOT/test/../CLASS/IMAGE
+    ROOT/../CLASS/IMAGE    the first half of the sorted classes trains, the second half tests
 
-Training and test classes never overlap. An epoch's batches follow from (seed, epoch), and each image's augmentation
-from a seed drawn with its index, so batches do not depend on the number of workers.
+Training and test classes never overlap. Batches are seeded by (seed, epoch) and each image carries its own
+augmentation seed, so the number of workers does not matter. Bad input raises ValueError or OSError with one line.
 """
 
-import glob
+import collections
+import contextlib
 import os
+import pathlib
+import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,12 +30,16 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+warnings.filterwarnings("ignore", module="PIL")  # of images that it reads all the same
+IMAGE_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
+HIDDEN = (".", "@eaDir", "lost+found")  # names that begin like this are not looked at
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[:, :, None, None]
 
 
 class UnreadableImage(OSError):
-    """An image file that Pillow cannot read; the message names it."""
+    """An image that cannot be read. The message names its file."""
 
 
 @dataclass
@@ -60,36 +68,40 @@ class RetrievalSplits(NamedTuple):
 
 
 def load(dataset, root, validation=False):
-    """The splits of a data set: Splits, or RetrievalSplits if queries search a separate gallery.
+    """Splits, or RetrievalSplits if the queries search a separate gallery.
 
-    validation: use only the training classes, half to train and half to test. Choose hyperparameters on these.
-    Raises ValueError or OSError with one line that names the file or directory and what to do.
+    validation: train on half of the training classes and test on the others, to choose hyperparameters.
     """
     splits = DATASETS[dataset](root)
     if validation:
         splits = split_classes(splits.train, len(splits.train.classes) // 2)
     train, query, gallery = splits.train, splits[1], splits[-1]
-    if shared := sorted(set(train.classes) & set(query.classes + gallery.classes)):
-        raise ValueError(
-            f"{root}: {len(shared)} class(es) in both training and test ({', '.join(shared[:3])}, ..); "
-            "retrieval is tested on unseen classes, so remove them from one"
-        )
+    classes = set(train.classes), set(query.classes + gallery.classes)
+    names = [set(map(os.path.basename, group)) for group in classes]
+    same = names[0] == names[1] and len(names[0]) > 1  # fold1/a, fold1/b and fold2/a, fold2/b
+    if shared := sorted(names[0] if same else classes[0] & classes[1]):
+        found = f"{len(shared)} class(es) in both training and test, such as {', '.join(shared[:3])}"
+        raise ValueError(f"{root}: {found}; tests need unseen classes, so keep each class in one of them")
+    if shared := sorted(names[0] & names[1]):
+        found = f"{len(shared)} class name(s) in both training and test, such as {shared[0]}"
+        say(f"{found}; they count as different classes, because they are in different directories")
     for name, split in splits._asdict().items():
         if len(split.classes) < 2:
             raise ValueError(f"{root}: {len(split.classes)} class(es) in the {name} split, at least 2 are needed")
     if queries_without_match(splits) == len(query):
         raise ValueError(f"{root}: no query has another image of its class to find; add images to the test classes")
     for path in (path for split in splits for path in split.paths):
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such file, although it is listed; unpack the images again")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: missing or not a regular file; unpack the images again, or remove it")
     return splits
 
 
 def queries_without_match(splits):
-    """The number of queries whose class has no (other) image to find."""
+    """The number of queries with no match in the gallery."""
     query, gallery = splits[1], splits[-1]
     class_sizes = np.bincount(gallery.labels, minlength=len(query.classes))
-    return int((class_sizes[query.labels] <= (query is gallery)).sum())  # a query does not search for itself
+    self_match = 1 if query is gallery else 0
+    return int((class_sizes[query.labels] <= self_match).sum())
 
 
 def sizes(splits):
@@ -98,50 +110,79 @@ def sizes(splits):
     return counts | {f"{name}_classes": len(split.classes) for name, split in splits._asdict().items()}
 
 
-def make_split(directory, files, names, classes=None):
-    """A split of DIRECTORY/FILE images from the class name of each. Classes are numbered in sorted order."""
-    classes = sorted(set(names)) if classes is None else classes
+def make_split(images, classes=None):
+    """A split from the (class, path) of each image. classes: those to keep, by default all in sorted order."""
+    classes = sorted({name for name, _ in images}) if classes is None else classes
     label = {name: n for n, name in enumerate(classes)}
-    paths = [os.path.join(directory, file) for file in files]
-    return Split(paths, [label[name] for name in names], [str(name) for name in classes])
+    images = [(path, label[name]) for name, path in images if name in label]
+    return Split([path for path, _ in images], [label for _, label in images], [str(name) for name in classes])
 
 
 def split_classes(split, num_train):
     """The first `num_train` classes train, the others test."""
-    parts = []
-    for first, last in ((0, num_train), (num_train, len(split.classes))):
-        images = [(path, label - first) for path, label in zip(split.paths, split.labels) if first <= label < last]
-        parts.append(Split([path for path, _ in images], [label for _, label in images], split.classes[first:last]))
-    return Splits(*parts)
+    images = [(split.classes[label], path) for path, label in zip(split.paths, split.labels)]
+    return Splits(make_split(images, split.classes[:num_train]), make_split(images, split.classes[num_train:]))
+
+
+def say(line):
+    if os.environ.get("RANK", "0") == "0":  # the first of torchrun's processes
+        print(line, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- folders
 
+SPLIT_WORD = re.compile("train(ing)?|test(ing)?|val(id(ation)?)?")
+
 
 def load_folder(root):
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such directory; give your image folder with --data-root")
-    train, test = os.path.join(root, "train"), os.path.join(root, "test")
-    if os.path.isdir(train) and os.path.isdir(test):
-        return Splits(find_images(train), find_images(test))
-    if os.path.isdir(train) or os.path.isdir(test):
-        raise ValueError(f"{root}: has only one of train/ and test/; add the other, or use neither")
-    split = find_images(root)
+    """The classes in ROOT/train and ROOT/test, or else the two halves of the sorted classes."""
+    images = find_images(root)
+    split = make_split(images)
+    tops = {name.split("/")[0] for name in split.classes}
+    if {"train", "test"} <= tops <= {"train", "test", "val", "valid", "validation", "."}:
+        if others := sorted(tops - {"train", "test"}):
+            say(f"left out: images in {', '.join(others)}, beside train and test")
+        train = [(name[len("train/") :] or ".", path) for name, path in images if name.startswith("train")]
+        test = [(name[len("test/") :] or ".", path) for name, path in images if name.startswith("test")]
+        return Splits(make_split(train), make_split(test))
+    # Train is named like a split. So are cars_train and cars_test, because only that word differs.
+    names = sorted({name for path in split.classes for name in path.split("/")})
+    keys = [SPLIT_WORD.sub("*", name.lower()) for name in names]
+    if found := [name for name, key in zip(names, keys) if key == "*" or ("*" in key and keys.count(key) > 1)]:
+        found = ", ".join(found[:4])
+        raise ValueError(f"{root}: found {found}; give a directory that holds train/ and test/ only, or classes only")
     if len(split.classes) < 4:
-        raise ValueError(
-            f"{root}: {len(split.classes)} class(es), at least 4 are needed, half to train and half to test; "
-            "a class is a directory that directly holds images"
-        )
+        raise ValueError(f"{root}: {len(split.classes)} class(es), at least 4 are needed, half to train, half to test")
     return split_classes(split, len(split.classes) // 2)
 
 
 def find_images(root):
-    """All images below root except hidden ones. An image's class is its directory, relative to root."""
-    files = glob.glob("**/*", root_dir=root, recursive=True)
-    images = sorted((os.path.dirname(f) or ".", f) for f in files if f.lower().endswith(IMAGE_SUFFIXES))
+    """[(class, path), ..] of all images below root, sorted. A class is a directory, relative to root."""
+    images, left_out = [], collections.Counter()
+    seen = set(pathlib.Path(root).resolve().parents)  # a link may lead above root, or to a directory already read
+    for directory, subdirectories, files in os.walk(root, onerror=cannot_read, followlinks=True):
+        real = pathlib.Path(directory).resolve()
+        if real in seen:
+            subdirectories.clear()
+            continue
+        seen.add(real)
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith(HIDDEN))
+        name = pathlib.Path(directory).relative_to(root).as_posix()
+        for file in (file for file in files if not file.startswith(HIDDEN)):
+            suffix = os.path.splitext(file)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                images.append((name, os.path.join(directory, file)))
+            else:
+                left_out[suffix or "without a suffix"] += 1
     if not images:
-        raise ValueError(f"{root}: no images in it; looked for {' '.join(IMAGE_SUFFIXES)} in all subdirectories")
-    return make_split(root, [file for _, file in images], [name for name, _ in images])
+        raise ValueError(f"{root}: no images in it or below; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    if left_out:
+        say("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common()))
+    return sorted(images)
+
+
+def cannot_read(error):
+    raise OSError(f"{error.filename}: cannot be read ({error.strerror.lower()}); check --data-root") from None
 
 
 # ---------------------------------------------------------------------------------------- benchmarks
@@ -158,42 +199,43 @@ FULL_SIZES = {
 
 def load_cub(root):
     """CUB-200-2011: class ids 1 .. 100 train, 101 .. 200 test. Without its lists, the sorted class folders."""
-    images = find(root, ("CUB_200_2011", ""), ("images",), "CUB-200-2011 (CUB_200_2011.tgz)")
-    base = os.path.dirname(images)
+    folder = first_existing(root, ("CUB_200_2011", ""), ("images",), "CUB-200-2011 (CUB_200_2011.tgz)")
+    base = os.path.dirname(folder)
     names, labels = os.path.join(base, "images.txt"), os.path.join(base, "image_class_labels.txt")
     if not os.path.exists(names) and not os.path.exists(labels):
-        return load_folder(images)
-    files = dict(read_list(names, image_id=int, image_name=object).tolist())
+        return load_folder(folder)
+    files = dict(read_list(names, image_id=int, image_name=object))
     rows = read_list(labels, image_id=int, class_id=int)
-    if set(files) != set(rows["image_id"]):
+    if files.keys() != dict(rows).keys():
         raise ValueError(f"{labels}: does not list the same images as {names}; unpack CUB-200-2011 again")
-    split = make_split(images, [files[image] for image in rows["image_id"]], rows["class_id"].tolist())
+    split = make_split([(class_id, os.path.join(folder, files[image])) for image, class_id in rows])
     return split_classes(split, sum(int(name) <= 100 for name in split.classes))
 
 
 def load_cars(root):
-    """Cars196: classes 1 .. 98 train, 99 .. 196 test. The official halves share classes, so they are pooled."""
+    """Cars196: class ids 1 .. 98 train, 99 .. 196 test. The official sets share classes, so they are merged first."""
     what = "Cars196 (its images and the .mat lists with classes)"
-    images = find(root, ("cars196", "stanford_cars", ""), ("car_ims", "cars_train"), what)
-    base, lists = os.path.dirname(images), {"cars_annos.mat": ""}
-    if os.path.basename(images) == "cars_train":
+    folder = first_existing(root, ("cars196", "stanford_cars", ""), ("car_ims", "cars_train"), what)
+    base, lists = os.path.dirname(folder), {"cars_annos.mat": ""}
+    if os.path.basename(folder) == "cars_train":
         lists = {"cars_train_annos.mat": "cars_train", "cars_test_annos_withlabels.mat": "cars_test"}
-    files, ids = [], []
+    images = []
     for name, directory in lists.items():
-        for path, class_id in read_mat(find(base, ("", "devkit"), (name,), what)):
-            files.append(os.path.join(directory, path))
-            ids.append(class_id)
-    split = make_split(base, files, ids)
+        if os.path.isdir(os.path.join(base, directory, directory)):  # cars_train/cars_train in many copies
+            directory = os.path.join(directory, directory)
+        for path, class_id in read_mat(first_existing(base, ("", "devkit", "car_devkit/devkit"), (name,), what)):
+            images.append((class_id, os.path.join(base, directory, path)))
+    split = make_split(images)
     return split_classes(split, sum(int(name) <= 98 for name in split.classes))
 
 
 def load_sop(root):
     """Stanford Online Products: a list for training, a list for testing."""
-    train = find(root, ("Stanford_Online_Products", ""), ("Ebay_train.txt",), "Stanford Online Products")
+    train = first_existing(root, ("Stanford_Online_Products", ""), ("Ebay_train.txt",), "Stanford Online Products")
     base, splits = os.path.dirname(train), []
     for file in (train, os.path.join(base, "Ebay_test.txt")):
         rows = read_list(file, header_lines=1, image_id=int, class_id=int, super_class_id=int, path=object)
-        splits.append(make_split(base, rows["path"], rows["class_id"].tolist()))
+        splits.append(make_split([(class_id, os.path.join(base, path)) for _, class_id, _, path in rows]))
     return Splits(*splits)
 
 
@@ -201,45 +243,39 @@ def load_inshop(root):
     """DeepFashion In-Shop. Its list is at the top or in Eval/, its images in Img/img/ or img/."""
     directories = ("InShop_Clothes", "Inshop_Clothes", "In-shop Clothes Retrieval Benchmark", "")
     lists = ("list_eval_partition.txt", os.path.join("Eval", "list_eval_partition.txt"))
-    file = find(root, directories, lists, "In-Shop Clothes Retrieval (DeepFashion)")
-    base = os.path.dirname(file)
-    if os.path.basename(base) == "Eval":
-        base = os.path.dirname(base)
-    images = os.path.join(base, "Img") if os.path.isdir(os.path.join(base, "Img", "img")) else base
+    file = first_existing(root, directories, lists, "In-Shop Clothes Retrieval (DeepFashion)")
+    base = os.path.dirname(file).removesuffix(os.sep + "Eval")
+    if os.path.isdir(os.path.join(base, "Img", "img")):
+        base = os.path.join(base, "Img")
     rows = read_list(file, header_lines=2, image_name=object, item_id=object, evaluation_status=object)
-    train, query, gallery = (rows[rows["evaluation_status"] == name] for name in ("train", "query", "gallery"))
+    train, query, gallery = (
+        [(item, os.path.join(base, path)) for path, item, status in rows if status == part]
+        for part in RetrievalSplits._fields
+    )
     if len(train) + len(query) + len(gallery) != len(rows):
         raise ValueError(f"{file}: every evaluation_status must be train, query or gallery; download the list again")
-    items = sorted({*query["item_id"], *gallery["item_id"]})
-    return RetrievalSplits(
-        make_split(images, train["image_name"], train["item_id"]),
-        make_split(images, query["image_name"], query["item_id"], items),
-        make_split(images, gallery["image_name"], gallery["item_id"], items),
-    )
+    items = sorted({item for item, _ in query + gallery})
+    return RetrievalSplits(make_split(train), make_split(query, items), make_split(gallery, items))
 
 
-def find(root, directories, names, what):
-    """The first existing ROOT/DIRECTORY/NAME."""
-    for directory in directories:
-        for name in names:
-            if os.path.exists(path := os.path.join(root, directory, name)):
-                return path
+def first_existing(root, directories, names, what):
+    """The first ROOT/DIRECTORY/NAME that exists."""
+    paths = [os.path.join(root, directory, name) for directory in directories for name in names]
+    if found := next(filter(os.path.exists, paths), None):
+        return found
     missing = " or ".join(os.path.join(directories[0], name) for name in names)
     raise FileNotFoundError(f"{root}: no {missing} in it; unpack {what} in it, or set --data-root")
 
 
 def read_list(file, header_lines=0, **columns):
-    """The rows of a whitespace-separated list, with one field for each of `columns` ({name: type}).
-
-    The last header line holds the column names, a line above it the number of rows.
-    """
+    """The rows of a whitespace-separated list of `columns` ({name: type}). Headers: [row count,] column names."""
     expected = f"expected the columns {' '.join(columns)}"
     try:
         with open(file, encoding="utf-8-sig") as lines:
             header = [lines.readline().split() for _ in range(header_lines)]
-            rows = np.loadtxt(lines, dtype=list(columns.items()), comments=None, ndmin=1)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file; it is part of the data set's download") from None
+            rows = np.loadtxt(lines, dtype=list(columns.items()), comments=None, ndmin=1).tolist()
+    except OSError as error:
+        cannot_read(error)
     except ValueError as error:
         raise ValueError(f"{file}: {expected} ({str(error).split(';')[0]})") from None
     if header and header[-1] != list(columns):
@@ -253,38 +289,31 @@ def read_mat(file):
     """[(image path, class id), ..] from a Cars196 list, old (relative_im_path) or new (fname)."""
     try:
         from scipy.io import loadmat  # only Cars196 needs it
-    except ImportError:
-        raise ValueError(f"{file}: reading it needs scipy; pip install scipy") from None
-    try:
+
         rows = np.atleast_1d(loadmat(file, squeeze_me=True)["annotations"])
         path = "relative_im_path" if "relative_im_path" in rows.dtype.names else "fname"
         return [(str(row[path]), int(row["class"])) for row in rows]
-    except Exception as error:  # scipy raises many types on a broken file
-        raise ValueError(
-            f"{file}: not a Cars196 list with class labels ({type(error).__name__}: {error}); download it again"
-        ) from error
+    except Exception as error:  # scipy is missing, or raises one of many types on a broken file
+        raise ValueError(f"{file}: not a Cars196 list with class labels ({type(error).__name__}: {error})") from error
 
 
 # ----------------------------------------------------------------------------------------------- toy
 
 TOY_VERSION = 1  # increase it when the generator changes
 TOY_CLASSES, TOY_IMAGES, TOY_SIZE = 80, 20, 72  # classes, images per class, pixels per side
-TOY_FAMILY, TOY_CONTRAST = 4, 0.8  # classes per family; how much they differ (1: as much as different families)
+TOY_FAMILY, TOY_CONTRAST = 4, 0.8  # classes per look-alike family, their difference (0: identical, 1: unrelated)
 
 
 def load_toy(root):
     """The generated set ROOT/toy-vN. It is written to a temporary directory, then renamed."""
     tree = os.path.join(root, f"toy-v{TOY_VERSION}")
     if not os.path.isdir(tree):
-        print(f"writing the toy data set to {tree}", flush=True)
+        say(f"writing the toy data set to {tree}")
         os.makedirs(root, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"toy-v{TOY_VERSION}.unfinished-", dir=root) as unfinished:
             write_toy(os.path.join(unfinished, "toy"))
-            try:
+            with contextlib.suppress(OSError):  # another process has just written the same images
                 os.rename(os.path.join(unfinished, "toy"), tree)
-            except OSError:
-                if not os.path.isdir(tree):  # otherwise another process has just written the same images
-                    raise
     return load_folder(tree)
 
 
@@ -319,9 +348,12 @@ def _photograph(creature, rng):
     image = Image.new("RGB", (size, size), _colour(rng.uniform(20, 100) + rng.normal(0, 15, 3)))
     draw = ImageDraw.Draw(image)
 
+    def blob(centre, radius, colour):
+        draw.ellipse((*(centre - radius), *(centre + radius)), fill=_colour(colour))
+
     def clutter(count):
         for _ in range(count):
-            _blob(draw, rng.uniform(0, size, 2), rng.uniform(2, size / 12), rng.uniform(0, 255, 3))
+            blob(rng.uniform(0, size, 2), rng.uniform(2, size / 12), rng.uniform(0, 255, 3))
 
     clutter(10)
     scale, turn = size * rng.uniform(0.28, 0.38), rng.normal(0, 0.2)
@@ -336,15 +368,11 @@ def _photograph(creature, rng):
     waves = np.cos(np.outer(theta, np.arange(2, 7)) + creature["phase"]) @ creature["amplitude"]
     draw.polygon([tuple(point) for point in to_pixels(1 + waves, theta)], fill=_colour(body))
     for angle, distance, spot in zip(creature["angle"], creature["distance"], creature["size"]):
-        _blob(draw, to_pixels(distance, angle), scale * spot, spots)
+        blob(to_pixels(distance, angle), scale * spot, spots)
     clutter(2)
 
     pixels = np.asarray(image.resize((TOY_SIZE, TOY_SIZE), Image.BOX)) + rng.normal(0, 8, (TOY_SIZE, TOY_SIZE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def _blob(draw, centre, radius, colour):
-    draw.ellipse((*(centre - radius), *(centre + radius)), fill=_colour(colour))
 
 
 def _colour(rgb):
@@ -360,10 +388,10 @@ DATASETS = dict(cub=load_cub, cars=load_cars, sop=load_sop, inshop=load_inshop, 
 class TrainBatches:
     """Batches of (index, seed). Set .epoch before each pass.
 
-    images_per_class = 0: all images in random order; the incomplete last batch is dropped.
-    images_per_class > 0: each batch has batch_size / images_per_class classes, sampled without replacement, with this
-    many images each. Images are repeated only if their class has too few.
-    Either way an epoch has N // batch_size batches. shard: the slice of each batch to yield, one per process.
+    images_per_class = 0: all images in random order. The incomplete last batch is dropped.
+    images_per_class > 0: batch_size / images_per_class random classes with this many images each. Images are repeated
+    only if their class has too few. An epoch has as many batches as with 0.
+    shard: the slice of each batch to yield, one per process.
     """
 
     def __init__(self, labels, batch_size, images_per_class, seed, shard=slice(None)):
@@ -375,10 +403,8 @@ class TrainBatches:
         if batch_size > len(labels):
             raise ValueError(f"--batch-size {batch_size} is more than the {len(labels)} training images")
         if images_per_class and batch_size > images_per_class * len(self.members):
-            raise ValueError(
-                f"--batch-size {batch_size} at {images_per_class} images per class needs "
-                f"{batch_size // images_per_class} classes; there are {len(self.members)} to train on"
-            )
+            needed = batch_size // images_per_class
+            raise ValueError(f"--batch-size {batch_size} needs {needed} classes; there are {len(self.members)}")
 
     def __len__(self):
         return self.num_images // self.batch_size
@@ -395,15 +421,13 @@ class TrainBatches:
 
     def balanced(self, rng):
         classes_per_batch = self.batch_size // self.images_per_class
-        remaining = []  # classes left in this pass over all classes
+        remaining = []  # classes not yet drawn in this round
         for _ in range(len(self)):
             if len(remaining) < classes_per_batch:
                 remaining = rng.permutation(len(self.members)).tolist()
             chosen, remaining = remaining[:classes_per_batch], remaining[classes_per_batch:]
-            batch = []
-            for members in (self.members[c] for c in chosen):
-                batch.append(rng.choice(members, self.images_per_class, replace=len(members) < self.images_per_class))
-            yield np.concatenate(batch)
+            count, batch = self.images_per_class, [self.members[c] for c in chosen]
+            yield np.concatenate([rng.choice(m, count, replace=len(m) < count) for m in batch])
 
 
 def train_loader(split, batches, image_size, min_crop, num_workers):
@@ -414,8 +438,7 @@ def train_loader(split, batches, image_size, min_crop, num_workers):
 
 def test_loader(split, batch_size, image_size, num_workers):
     """(images, labels) of a whole split in order: uint8 (B, 3, size, size), int64 (B,)."""
-    items = [(index, 0) for index in range(len(split))]
-    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    batches = torch.utils.data.BatchSampler([(index, 0) for index in range(len(split))], batch_size, drop_last=False)
     resize = transforms.Resize(round(image_size * 256 / 224))
     return _loader(split, [resize, transforms.CenterCrop(image_size)], batches, num_workers)
 
@@ -431,34 +454,64 @@ def _loader(split, steps, batches, num_workers):
 
 
 class Images(torch.utils.data.Dataset):
-    """(uint8 image (3, size, size), label) of an item (index, seed). The seed is the augmentation's."""
+    """(uint8 image (3, size, size), label) of an item (index, augmentation seed)."""
 
     def __init__(self, split, transform):
         self.split, self.transform = split, transform
-        self.decoded = {}  # small images by index, at most 200 MB per worker: toy loads 3x as fast
+        self.decoded = {}  # a cache of small images, which makes toy 3x faster
 
     def __getitem__(self, item):
         index, seed = item
-        image = self.decoded.get(index) or open_image(self.split.paths[index])
-        if max(image.size) <= 128 and len(self.decoded) < 4096:
-            self.decoded[index] = image
-        torch.default_generator.manual_seed(seed)  # nothing else in training draws from it
-        return self.transform(image), self.split.labels[index]
+        path, image = self.split.paths[index], self.decoded.get(index)
+        with naming(path):
+            if image is None:
+                image = open_image(path)
+            if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 200 MB per worker
+                self.decoded[index] = image
+            torch.default_generator.manual_seed(seed)  # safe: nothing else uses this generator during training
+            return self.transform(image), self.split.labels[index]
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Any error inside becomes an UnreadableImage with the file's name. Pillow raises errors of many types."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # from the operating system
+            raise UnreadableImage(f"{path}: cannot be read ({error.strerror.lower()})") from None
+        reason = f"{type(error).__name__}: {error}".replace(f" {path!r}", "").splitlines()[0].rstrip(": ")
+        raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
 
 
 def open_image(path):
-    """The image as RGB. Raises UnreadableImage."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit greyscale, which convert would clip to white
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-        reason = str(error).replace(repr(path), "").strip().splitlines()[0]
-        raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
+    """The first frame as RGB, on white where it is transparent. Raises UnreadableImage."""
+    with naming(path), Image.open(path) as image:
+        if image.mode[0] in "IF":
+            image = eight_bits(image)
+        if max(image.size) > 1000 * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels, too narrow to resize")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def eight_bits(image):
+    """16-bit grey divided by 257. 32-bit integers and floats scaled from their own minimum and maximum to 0 .. 255."""
+    pixels = np.asarray(image, dtype=float)
+    low, high = pixels.min(), pixels.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        low, high = 0, 65535
+    if not 0 < high - low < np.inf:  # not a number fails too
+        raise ValueError(f"its pixels range from {low:g} to {high:g}")
+    pixels[pixels == image.info.get("transparency")] = high
+    return Image.fromarray(((pixels - low) / ((high - low) / 255)).astype(np.uint8))
 
 
 def normalize(images):
     """uint8 (B, 3, H, W) -> float32, with ImageNet's mean and standard deviation."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device)[:, :, None, None]
+    mean, std = IMAGENET.to(images.device, non_blocking=True)
     return (images / 255 - mean) / std

@@ -1,16 +1,18 @@
-"""Metrix: metric learning with mixed examples. The method, and the loop that trains it.
+"""Metrix: metric learning with mixed examples. The training step, the loop around it, and the command line.
 
     ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]       default: toy contrastive feature
-    ./run.sh eval RUN_DIR [--checkpoint best]                every metric of a run's checkpoint
+    ./run.sh eval RUN_DIR [--checkpoint best]                all metrics of a checkpoint
+    ./run.sh --help                                          all flags
 
-`step` is the method: clean loss + mix_weight * mixed loss, with one lam ~ Beta(mix_alpha, mix_alpha) per step.
+The loss of a step is metric(z, y) + mix_weight * its mixed loss, with one lam ~ Beta(mix_alpha, mix_alpha). MODE:
     baseline   mixes nothing
-    input      mixes images: a second pass of the trunk, over hardest negatives only
-    feature    mixes the last feature maps, before pooling: one pass of the trunk
-    embed      mixes embeddings, which needs their Gram matrix only: one pass of the trunk
+    input      mixes images with each anchor's hardest negatives, which costs a second forward pass
+    feature    mixes the last feature maps, before pooling
+    embed      mixes embeddings, of which only the dot products are needed
 
 A run writes OUT/ (default runs/DATASET-LOSS-MODE-seedN): config.json, log.jsonl, last.pt, best.pt, retrieval.png.
-Everything random in an epoch follows from (seed, epoch), so the same command resumes a run and ends with the same bits.
+All randomness of an epoch is seeded by (seed, epoch), so the same command resumes a stopped run and repeats it exactly:
+on a CPU, bit for bit.
 """
 
 import argparse
@@ -18,52 +20,54 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
+import re
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
+from torch.utils._pytree import tree_map_only
+from torch.utils.serialization import config as save_options
 
 import data
 import eval
 import kernels
 import losses
-import model as models
 from kernels.mix_pool import mix_pool
+from model import BATCH_NORMS, NETS, ResNet, load_weights, no_stats_update, read_checkpoint
 
-# -------------------------------------------------------------------------------------------- method
+# ------------------------------------------------------------------------------------------ training
 
 
 def step(model, metric, images, y, config, lam, pairing):
     """Loss of one batch: images (B, 3, H, W), labels y (B,), lam in [0, 1], pairing one of metric.pairings.
 
-    Each rank runs the trunk on its shard; all ranks compute the loss of the global batch.
+    Each process embeds its shard of the images. All compute the loss of the whole batch.
     """
     features, y = gather(model.features(images)), gather(y)  # (B, C, h, w), (B,)
     z = model.head(features)  # (B, D)
     loss = metric(z, y)
-
+    if config.mode == "baseline":
+        return loss
     if config.mode == "embed":
-        loss = loss + config.mix_weight * metric.mixed_embed(z, y, lam, pairing)
-    elif config.mode == "feature":
+        return loss + config.mix_weight * metric.mixed_embed(z, y, lam, pairing)
+
+    if config.mode == "feature":
         i, j = losses.full_bank(y, pairing)  # (M,)
-        if len(i):
-            v = model.embed(mix_pool(features, i, j, lam, in_order=True))  # (M, D)
-            loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
-    elif config.mode == "input":
+        v = model.embed(mix_pool(features, i, j, lam))  # (M, D)
+    else:
         i, j = losses.hardest_bank(z, y, pairing, config.hardest)  # (M,)
-        if len(i):
-            images, a, b = gather(images), shard(i), shard(j)
-            with models.no_stats_update(model):  # mixed images are not test images
-                v = model.head(gather(model.features(lam * images[a] + (1 - lam) * images[b])))  # (M, D)
-            loss = loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
-    return loss
+        images, a, b = gather(images), shard(i), shard(j)
+        with no_stats_update(model):  # mixed images stay out of the running statistics
+            v = gather(model(lam * images[a] + (1 - lam) * images[b]))  # (M, D)
+    return loss + config.mix_weight * metric.mixed(z, y, v, i, lam, pairing)
 
 
 def train_epoch(epoch, model, metric, optimizer, batches, config):
-    """One pass over batches of images on the device. Returns the mean loss; FloatingPointError if it is not finite."""
+    """One pass over batches of images on the device. Returns the mean loss. ValueError if a loss is not finite."""
     rng = np.random.default_rng((config.seed, epoch, 1))
     model.train()
     model.train_trunk(epoch >= config.warmup_epochs)
@@ -76,21 +80,59 @@ def train_epoch(epoch, model, metric, optimizer, batches, config):
         lam = rng.beta(config.mix_alpha, config.mix_alpha)
         with autocast(config):
             loss = step(model, metric, images, y, config, lam, pairing)
-        optimizer.zero_grad(set_to_none=True)
+        total += loss.item()  # read before backward, so that a GPU has work while the next batch is fetched
+        if not math.isfinite(total):
+            advice = f"{config.out} keeps the epochs before; try a lower --lr and another --out"
+            raise ValueError(f"epoch {epoch + 1}, step {number}: the loss is {loss.item()}; {advice}")
+        optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)
         torch.nn.utils.clip_grad_value_(parameters, config.clip)
         optimizer.step()
-        total += loss.item()
-        if not math.isfinite(total):
-            kept = f"{config.out}/last.pt holds epoch {epoch}" if epoch else "no epoch is finished"
-            advice = "try a lower --lr and another --out"
-            raise FloatingPointError(f"epoch {epoch + 1}, step {number}: the loss is {loss.item()}; {kept}; {advice}")
     return total / number
 
 
-def autocast(config):
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
+def run(config):
+    """Train, evaluate after every epoch, write OUT/. Returns the log: a dict per epoch."""
+    kernels.backend = config.kernels
+    describe(config)
+    splits = load_splits(config)
+    size, per_class = config.batch_size, config.images_per_class
+    batches = data.TrainBatches(splits.train.labels, size, per_class, config.seed, shard=my_slice(size))
+    torch.manual_seed(config.seed)
+    model = make_model(config, config.weights)
+    metric = LOSSES[config.loss](len(splits.train.classes), config.embedding_size).to(config.device)
+    if WORLD_SIZE > 1 and config.bn == "train":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = make_optimizer(model, metric, config)
+    log = open_run(config, splits, model=model, metric=metric, optimizer=optimizer)
+
+    train_loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
+    test_loaders = [test_loader(split, config) for split in splits[1:]]  # test, or query and gallery
+    for epoch in range(len(log), config.epochs):
+        title, start, last = f"epoch {epoch + 1:3d}/{config.epochs}", time.perf_counter(), epoch + 1 == config.epochs
+        batches.epoch = epoch
+        loss = train_epoch(epoch, model, metric, optimizer, on_device(train_loader, config, title), config)
+        rate = len(batches) * size / (time.perf_counter() - start)
+        test = [embed(model, loader, config) for loader in test_loaders]
+        train = embed(model, test_loader(splits.train, config), config) if last else None
+        result, ranking = measure(test, config.dataset, train)
+        line = dict(epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], recall=result["recall"])
+        line |= dict(seconds=time.perf_counter() - start, images_per_second=rate)
+        log.append(line | result if last else line)
+        r1, left = 100 * line["recall"][1], line["seconds"] * (config.epochs - epoch - 1)
+        print(f"{title}  loss {loss:.4f}  R@1 {r1:.1f}  {rate:.0f} images/s  {left / 60:.0f} min left", flush=True)
+        if RANK == 0:
+            if last:
+                write_sheet(config.out, ranking, test, splits[1:])
+            save_epoch(config, log, model=model, metric=metric, optimizer=optimizer)
+    return log
+
+
+def make_model(config, weights):
+    model = ResNet(**NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
+    load_weights(model, weights)
+    return model.to(config.device, memory_format=torch.channels_last)
 
 
 def make_optimizer(model, metric, config):
@@ -100,279 +142,256 @@ def make_optimizer(model, metric, config):
     return torch.optim.Adam(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-# -------------------------------------------------------------------------------------------- config
+def autocast(config):
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
 
-MODES = ("baseline", "input", "feature", "embed")
+
+# ------------------------------------------------------------------------------------------ settings
+
 LOSSES = {  # name: (number of classes, embedding size) -> loss
     "contrastive": lambda *_: losses.Contrastive(),
     "multisimilarity": lambda *_: losses.MultiSimilarity(),
     "proxyanchor": losses.ProxyAnchor,
 }
-RECALL_AT = dict.fromkeys(("cub", "cars"), (1, 2, 4, 8, 16, 32)) | dict.fromkeys(("folder", "toy"), (1, 2, 4, 8))
-RECALL_AT |= dict(sop=(1, 10, 100, 1000), inshop=(1, 10, 20, 30, 40, 50))
+MODES = ("baseline", "input", "feature", "embed")
+MIXED = MODES[1:]
+
+
+def flag(default, meaning, group=None, **options):
+    """A field of Config, with options for argparse. The first field of a group names it."""
+    if isinstance(default, bool):
+        options |= dict(action="store_true", default=None)
+    else:
+        options |= dict(type=type(default), metavar=None if "choices" in options else "X")
+        meaning += f" (default {default})" if default != "" else ""
+    return dataclasses.field(default=default, metadata=dict(group=group, options=options | dict(help=meaning)))
 
 
 @dataclasses.dataclass
 class Config:
-    """Each field is a flag: --batch-size sets batch_size. A recipe changes some defaults; flags override the recipe."""
+    """Each field is a flag: --batch-size sets batch_size. Recipes replace some of these defaults."""
 
-    dataset: str = "toy"
-    loss: str = "contrastive"
-    mode: str = "feature"
+    dataset: str = flag("toy", "the images", "what to train", nargs="?", choices=data.DATASETS)
+    loss: str = flag("contrastive", "the loss of their embeddings", nargs="?", choices=LOSSES)
+    mode: str = flag("feature", "what is mixed: nothing, images, feature maps, embeddings", nargs="?", choices=MODES)
 
-    epochs: int = 60
-    batch_size: int = 100  # over all ranks
-    images_per_class: int = 0  # of a balanced batch; 0: shuffled batches
-    lr: float = 1e-4  # Adam's
-    proxy_lr: float = 100.0  # how fast proxies learn, over lr
-    lr_step: int = 10  # epochs after which lr is multiplied by lr_gamma, again and again
-    lr_gamma: float = 0.1
-    warmup_epochs: int = 5  # first epochs, which train the embedding layer and the proxies only
-    weight_decay: float = 1e-4
-    clip: float = 10.0  # largest magnitude of a gradient's element
-    mix_weight: float = 0.4  # of the mixed loss
-    mix_alpha: float = 2.0  # lam ~ Beta(mix_alpha, mix_alpha)
-    hardest: int = 1  # negatives per anchor that input mode mixes with
+    epochs: int = flag(60, "passes over the training images", "training")
+    batch_size: int = flag(100, "images per step, over all processes")
+    images_per_class: int = flag(0, "images of each class in a batch; 0 shuffles all images instead")
+    lr: float = flag(1e-4, "learning rate of Adam")
+    proxy_lr: float = flag(100.0, "for proxyanchor: learning rate of its proxies, over lr")
+    lr_step: int = flag(10, "multiply lr by lr_gamma every lr_step epochs")
+    lr_gamma: float = flag(0.1, "see --lr-step")
+    warmup_epochs: int = flag(5, "first train only the embedding layer and the proxies, for this many epochs")
+    weight_decay: float = flag(1e-4, "weight decay of Adam")
+    clip: float = flag(10.0, "clip gradient values to +-clip")
+    mix_weight: float = flag(0.4, "weight of the mixed loss")
+    mix_alpha: float = flag(2.0, "draw lam from Beta(mix_alpha, mix_alpha)")
+    hardest: int = flag(1, "for input: most similar negatives to mix an image with; each mix costs a forward pass")
 
-    net: str = "resnet50"  # or tiny
-    precision: str = "fp32"  # or bf16 by autocast; losses and metrics stay float32
-    weights: str = "imagenet"  # or none, or a file
-    bn: str = "stats"  # batch norm: train; stats: statistics frozen; frozen: scale and shift as well
-    embedding_size: int = 512
-    image_size: int = 224  # pixels per side of the crop
-    min_crop: float = 0.08  # smallest share of an image's area that a training crop keeps
+    net: str = flag("resnet50", "tiny is narrow and shallow, for small images", "model", choices=NETS)
+    weights: str = flag("imagenet", "initial weights: imagenet, a file, or none, which has its own recipe")
+    bn: str = flag("stats", "batch norm: train all, keep the statistics of --weights, or keep all", choices=BATCH_NORMS)
+    embedding_size: int = flag(512, "dimension of the embeddings")
+    image_size: int = flag(224, "pixels per side of a crop")
+    min_crop: float = flag(0.08, "random crops keep at least this share of an image; raise it if they lose the object")
+    precision: str = flag("fp32", "bf16: autocast; fp32: on a GPU, convolutions are TF32", choices=("fp32", "bf16"))
 
-    data_root: str = "data"
-    validation: bool = False  # train on half of the training classes and test on the others: to choose settings
-    out: str = ""  # default: runs/DATASET-LOSS-MODE-seedN
-    seed: int = 0
-    num_workers: int = min(4, os.cpu_count() or 1)  # processes that load images; does not change the result
-    device: str = "auto"  # cuda if available, else cpu
-    kernels: str = "auto"  # Triton on a GPU, else PyTorch; or torch, triton
-    resume: bool = False  # fail if OUT holds no run
+    data_root: str = flag("data", "directory of the images", "the run")
+    validation: bool = flag(False, "test on half of the training classes, to choose settings")
+    out: str = flag("", "directory to write (default runs/DATASET-LOSS-MODE-seedN)")
+    seed: int = flag(0, "seed of weights, batches, crops and mixing")
+    num_workers: int = flag(min(4, os.cpu_count() or 1), "processes that load images; does not change results")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
+    kernels: str = flag("auto", "auto: triton for large problems on a GPU, else torch", choices=kernels.BACKENDS)
+    resume: bool = flag(False, "stop if OUT holds no run")
+    checkpoint: str = flag("last", "for eval: which one to evaluate", choices=("last", "best"))
 
 
-RESUMABLE_WITH_ANOTHER = ("data_root", "out", "num_workers", "device", "kernels", "resume")
-CHOICES = dict(dataset=data.DATASETS, loss=LOSSES, mode=MODES, net=models.NETS, precision=("fp32", "bf16"))
-CHOICES |= dict(bn=models.BATCH_NORMS, kernels=kernels.BACKENDS)
+MAY_CHANGE_ON_RESUME = ("data_root", "out", "num_workers", "device", "kernels", "resume", "checkpoint")
 
-# The paper's recipes by data sets, losses and mode ("mixed" for input, feature and embed), from the authors' commands.
-# A folder follows CUB, with balanced batches.
-COLUMNS = ("epochs", "lr", "lr_step", "lr_gamma", "warmup_epochs", "bn", "images_per_class")
-RECIPES = {
-    ("cub cars folder", "contrastive", "baseline"): (60, 1e-4, 10, 0.1, 5, "stats", 0),
-    ("cub cars folder", "contrastive", "mixed"): (100, 1e-4, 10, 0.1, 5, "stats", 0),
-    ("cub cars folder", "multisimilarity proxyanchor", "baseline"): (60, 1e-4, 5, 0.5, 5, "stats", 0),
-    ("cub cars folder", "multisimilarity proxyanchor", "mixed"): (100, 1e-4, 10, 0.5, 5, "stats", 0),
-    ("sop", "contrastive", "baseline"): (60, 3e-5, 10, 0.25, 5, "train", 5),
-    ("sop", "contrastive", "mixed"): (100, 3e-5, 10, 0.25, 5, "stats", 5),
-    ("inshop", "contrastive", "baseline"): (60, 3e-5, 5, 0.25, 1, "train", 5),
-    ("inshop", "contrastive", "mixed"): (100, 1e-4, 10, 0.25, 5, "train", 5),
-    ("sop inshop", "multisimilarity proxyanchor", "baseline"): (60, 6e-4, 20, 0.25, 1, "train", 5),
-    ("sop inshop", "multisimilarity proxyanchor", "mixed"): (100, 6e-4, 20, 0.25, 1, "train", 5),
-}
-# From random weights there are no statistics worth freezing and nothing to warm up, and crops of a twelfth of a small
-# picture teach little. Tuned on baseline with --validation, by mean R@1: lr of 1e-3, 3e-3, 1e-2 and epochs of 15, 40
-# on toy and Omniglot, three seeds; proxy_lr of 1, 10, 30, 100, 300 on toy, seven seeds: 75.2, 75.1, 76.0, 73.5, 76.5,
-# which are level but for 30 against 100, +2.5 +- 0.9 paired by seed.
+# The commands of the authors' README, as changes to Config. A folder follows cars, where all modes train equally long.
+RECIPES = [  # data sets, losses, modes, settings
+    ("cub cars folder", "multisimilarity proxyanchor", MODES, dict(lr_step=5, lr_gamma=0.5)),
+    ("cub", "multisimilarity proxyanchor", MIXED, dict(epochs=100, lr_step=10)),
+    ("sop", "contrastive", MODES, dict(lr=3e-5, lr_gamma=0.25)),
+    ("sop", "contrastive", "baseline", dict(bn="train")),
+    ("inshop", "contrastive", MODES, dict(lr_gamma=0.25)),
+    ("inshop", "contrastive", "baseline", dict(lr=3e-5, lr_step=5, warmup_epochs=1, bn="train")),
+    ("sop inshop", "multisimilarity proxyanchor", MODES, dict(lr=6e-4, lr_step=20, lr_gamma=0.25)),
+    ("sop inshop", "multisimilarity proxyanchor", MODES, dict(warmup_epochs=1, bn="train")),
+    ("sop inshop folder toy", LOSSES, MODES, dict(images_per_class=5)),
+    ("toy", LOSSES, MODES, dict(net="tiny", embedding_size=64, image_size=64)),
+]
+# From random weights: train batch norm, no warm-up, larger crops. Tuned on the baseline with --validation (results/).
 SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, min_crop=0.6)
 SCRATCH |= dict(epochs=40, lr=3e-3, lr_step=16, lr_gamma=0.3, proxy_lr=30.0)
 SCRATCH_LR = {"multisimilarity": 1e-2}
-TOY = dict(net="tiny", embedding_size=64, image_size=64, images_per_class=5)
 
 
 def recipe(dataset, loss, mode, from_scratch=False):
-    """The settings that a cell changes, before flags."""
+    """What differs from Config's defaults for this dataset, loss and mode."""
     settings = {}
-    for (datasets, its_losses, kind), row in RECIPES.items():
-        if dataset in datasets.split() and loss in its_losses.split() and (kind == "baseline") == (mode == "baseline"):
-            settings = dict(zip(COLUMNS, row))
-    if dataset == "folder":
-        settings |= dict(images_per_class=5)
+    for datasets, its_losses, modes, changes in RECIPES:
+        if dataset in datasets and loss in its_losses and mode in modes:
+            settings |= changes
     if from_scratch or dataset == "toy":
         settings |= SCRATCH | dict(lr=SCRATCH_LR.get(loss, SCRATCH["lr"]))
-    return settings | TOY if dataset == "toy" else settings
+    return settings
 
 
-def parse(arguments):
-    """The Config of a command line. ValueError for unknown words and flags, and for settings that cannot work."""
-    parser = argparse.ArgumentParser("./run.sh", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.description = "What each flag means is in Config in metrix.py. A run prints the recipe it uses."
+def parse(arguments, **saved):
+    """The Config of a command line, over a run's saved settings. ValueError for what is unknown or cannot work."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.usage = "./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]\n       ./run.sh eval RUN_DIR [--flag value ..]"
+    parser.description = "Defaults are those of cub contrastive. Other words change some; a run prints what it uses."
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120)
     parser.error = raise_error
     for field in dataclasses.fields(Config):
-        if field.type is bool:
-            parser.add_argument(flag(field.name), action="store_true")
-        else:
-            words = dict(nargs="?", default=field.default) if field.name in ("dataset", "loss", "mode") else {}
-            name = field.name if words else flag(field.name)
-            help = f"default {field.default}" if field.default else None
-            parser.add_argument(name, type=field.type, choices=CHOICES.get(field.name), help=help, **words)
-    given = vars(parser.parse_intermixed_args(arguments))
-    settings = recipe(given["dataset"], given["loss"], given["mode"], given.get("weights") == "none")
-    config = Config(**(settings | given))
-    name = f"{config.dataset}-{config.loss}-{config.mode}{'-validation' * config.validation}-seed{config.seed}"
-    config.out = config.out or f"runs/{name}"
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        options = field.metadata["options"]
+        group.add_argument(field.name if "nargs" in options else f"--{field.name.replace('_', '-')}", **options)
+    given = {name: value for name, value in vars(parser.parse_intermixed_args(arguments)).items() if value is not None}
+    words = Config(**given)
+    settings = recipe(words.dataset, words.loss, words.mode, from_scratch=words.weights == "none")
+    config = Config(**(settings | saved | given))
+    name = f"{config.dataset}-{config.loss}-{config.mode}" + ("-validation" if config.validation else "")
+    config.out = config.out or f"runs/{name}-seed{config.seed}"
     check(config)
     return config
 
 
 def check(config):
-    """ValueError for settings that cannot work. Resolves the device and sets the kernels' switch."""
+    """ValueError for settings that cannot work."""
     size, per_class = config.batch_size, config.images_per_class
     for name in ("epochs", "batch_size", "lr_step", "embedding_size", "image_size", "hardest"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{flag(name)} must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if per_class and (size < 2 * per_class or size % per_class):
         raise ValueError(f"--batch-size {size} must be a multiple of --images-per-class {per_class}, at least twice it")
-    if size % world_size():
-        raise ValueError(f"--batch-size {size} must be a multiple of the {world_size()} processes")
+    if size % WORLD_SIZE:
+        raise ValueError(f"--batch-size {size} must be a multiple of the {WORLD_SIZE} processes")
     if config.weights == "imagenet" and config.net != "resnet50":
         raise ValueError(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        probe = torch.ones(1, device=config.device)
+        on_gpu = torch.empty(1, device=config.device).is_cuda
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {config.device} is not available on this machine; try --device cpu") from None
-    if config.bn == "train" and world_size() > 1 and not probe.is_cuda:
-        raise ValueError("--bn train on several processes is SyncBatchNorm, which needs GPUs; use --bn stats")
-    kernels.backend = config.kernels
-    kernels.use_triton(probe)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+    if config.bn == "train" and WORLD_SIZE > 1 and not on_gpu:
+        raise ValueError("--bn train on several processes needs GPUs, for SyncBatchNorm; use --bn stats")
 
 
 def raise_error(message):
     raise ValueError(message)
 
 
-# ----------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------- evaluation
+
+RECALL_AT = dict.fromkeys(("cub", "cars"), (1, 2, 4, 8, 16, 32)) | dict.fromkeys(("folder", "toy"), (1, 2, 4, 8))
+RECALL_AT |= dict(sop=(1, 10, 100, 1000), inshop=(1, 10, 20, 30, 40, 50))
 
 
-def run(config):
-    """Train, evaluate after every epoch, write OUT/. Returns the log: a dict per epoch."""
-    describe(config)
+def embed(model, loader, config):
+    """Embeddings (N, D) and labels (N,) of a split, from a loader of this process's shard."""
+    with autocast(config):
+        z, y = eval.embed_all(model, on_device(loader, config, "embedding"))
+    return gather(z), gather(y)
+
+
+def measure(test, dataset, train=None):
+    """Metrics of test = [(z, y)], or [(query z, y), (gallery z, y)]: a dict, and the eval.Ranking of all queries.
+
+    Recall only, unless train = (z, y) is given. Each process ranks its shard of the queries.
+    """
+    arguments = [x for z_and_y in test for x in z_and_y]
+    ranking = eval.per_query(*arguments, full=train is not None, shard=my_slice(len(arguments[0])))
+    ranking = eval.Ranking(*[gather(x) for x in ranking if x is not None])
+    result = eval.summary(ranking, RECALL_AT[dataset])
+    if train is not None:
+        z, y = (torch.cat(parts) for parts in zip(*test))
+        result |= dict(alignment=eval.alignment(z, y), uniformity=eval.uniformity(z))
+        result |= dict(utilization=eval.utilization(z, train[0]))
+    return result, ranking
+
+
+def evaluate_run(run_dir, flags):
+    """Evaluate the checkpoint of a run: a table, a JSON line, and RUN_DIR/eval.json and retrieval.png."""
+    names = {field.name for field in dataclasses.fields(Config)} - {"num_workers", "device", "kernels"}
+    saved = {name: value for name, value in read_settings(run_dir).items() if name in names}
+    config = parse([*flags, "--out", run_dir], **saved)
+    kernels.backend = config.kernels
+    splits = load_splits(config)
+    model = make_model(config, f"{run_dir}/{config.checkpoint}.pt")
+    train, *test = [embed(model, test_loader(split, config), config) for split in splits]
+    result, ranking = measure(test, config.dataset, train)
+    result |= dict(checkpoint=config.checkpoint)
+    if RANK == 0:
+        write_sheet(run_dir, ranking, test, splits[1:])
+        write(f"{run_dir}/eval.json", lambda file: file.write_text(json.dumps(result, indent=2)))
+    print(*eval.table(result), "", json.dumps(result), sep="\n")
+
+
+# -------------------------------------------------------------------------------------------- images
+
+
+def load_splits(config):
+    """The data set. Prints its sizes, and a warning if results will not be comparable with published ones."""
     splits = data.load(config.dataset, config.data_root, config.validation)
-    describe_data(config, splits)
-    size, per_class = config.batch_size, config.images_per_class
-    batches = data.TrainBatches(splits.train.labels, size, per_class, config.seed, shard=bounds(size))
-    torch.manual_seed(config.seed)
-    model = make_model(config, config.weights)
-    metric = LOSSES[config.loss](len(splits.train.classes), config.embedding_size).to(config.device)
-    if world_size() > 1 and config.bn == "train":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = make_optimizer(model, metric, config)
-    log = open_run(config, splits, model, metric, optimizer)
-
-    loader = data.train_loader(splits.train, batches, config.image_size, config.min_crop, config.num_workers)
-    test_loaders = [test_loader(split, config) for split in splits[1:]]  # test, or query and gallery
-    train_images, test_images = len(batches) * config.batch_size, sum(map(len, splits[1:]))
-    progress = Progress((config.epochs - len(log)) * (train_images + test_images), config.device)
-    for epoch in range(len(log), config.epochs):
-        title, start = f"epoch {epoch + 1:3d}/{config.epochs}", time.perf_counter()
-        batches.epoch = epoch
-        loss = train_epoch(epoch, model, metric, optimizer, progress(loader, f"{title}  training"), config)
-        rate = train_images / (time.perf_counter() - start)
-        embedded = [embed(model, progress(loader, f"{title}  testing"), config) for loader in test_loaders]
-        last = epoch + 1 == config.epochs
-        train = embed(model, progress(test_loader(splits.train, config), "embedding"), config)[0] if last else None
-        result, ranking = measure(embedded, config.dataset, train)
-        line = dict(epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], recall=result.pop("recall"))
-        line |= dict(seconds=time.perf_counter() - start, images_per_second=rate)
-        log.append(line | result if last else line)
-        r1 = 100 * line["recall"]["1"]
-        progress.print(f"{title}  loss {loss:.4f}  R@1 {r1:.1f}  {rate:.0f} images/s  {progress.left()} left\n")
-        if rank() == 0:
-            if last:
-                write_sheet(config.out, ranking, embedded, splits[1:])
-            save_epoch(config, log, model, metric, optimizer)
-    return log
-
-
-def make_model(config, weights):
-    model = models.ResNet(**models.NETS[config.net], embedding_size=config.embedding_size, bn=config.bn)
-    models.load_weights(model, weights)
-    return model.to(config.device, memory_format=torch.channels_last)
+    for name, split in splits._asdict().items():
+        print(f"  {name}: {len(split)} images of {len(split.classes)} classes")
+        if len(split) < WORLD_SIZE:
+            raise ValueError(f"{WORLD_SIZE} processes for {len(split)} {name} images; use a smaller NPROC")
+    if alone := data.queries_without_match(splits):
+        print(f"  {alone} queries have no other image of their class and are left out")
+    full, found = data.FULL_SIZES.get(config.dataset), data.sizes(splits)
+    if full and full != found and not config.validation:
+        print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
+    return splits
 
 
 def test_loader(split, config):
     return data.test_loader(shard(split), config.batch_size, config.image_size, config.num_workers)
 
 
-def embed(model, loader, config):
-    """Embeddings (N, D) and labels (N,) of a split, from a loader of this rank's shard."""
-    with autocast(config):
-        return tuple(map(gather, eval.embed_all(model, loader)))
+def on_device(loader, config, title):
+    """The batches of a loader on the device. Prints the rate and the time left every 20 seconds."""
+    start = printed = time.perf_counter()
+    for number, (images, y) in enumerate(loader, 1):
+        images = data.normalize(images.to(config.device, non_blocking=True))
+        yield images.contiguous(memory_format=torch.channels_last), y.to(config.device, non_blocking=True)
+        now = time.perf_counter()
+        if now - printed > 20:
+            printed, seconds = now, (now - start) / number  # per batch
+            rate, left = len(y) * WORLD_SIZE / seconds, seconds * (len(loader) - number)
+            print(f"{title}  {number}/{len(loader)}  {rate:.0f} images/s  {left / 60:.0f} min left", flush=True)
 
 
-def measure(embedded, dataset, train=None):
-    """Metrics of [(z, y)] of a test set, or of queries and gallery: a dict, and the eval.Ranking of all queries.
-
-    Recall only, unless training embeddings are given. Each rank ranks its shard of the queries.
-    """
-    arguments, everything = [x for part in embedded for x in part], train is not None
-    ranking = eval.per_query(*arguments, everything=everything, shard=bounds(len(arguments[0])))
-    ranking = eval.Ranking(*(x if x is None else gather(x) for x in ranking))
-    result = eval.summary(ranking, RECALL_AT[dataset])
-    result["recall"] = {str(k): share for k, share in result["recall"].items()}  # as in JSON
-    if everything:
-        z, y = (torch.cat(parts) for parts in zip(*embedded))
-        result |= dict(alignment=eval.alignment(z, y), uniformity=eval.uniformity(z))
-        result |= dict(utilization=eval.utilization(z, train))
-    return result, ranking
+# --------------------------------------------------------------------------------------- run's files
 
 
-def evaluate_run(arguments):
-    """Evaluate the checkpoint of a run: a table, a JSON line, and RUN_DIR/eval.json and retrieval.png."""
-    parser = argparse.ArgumentParser("./run.sh eval", allow_abbrev=False)
-    parser.error = raise_error
-    parser.add_argument("run_dir")
-    parser.add_argument("--checkpoint", default="last", choices=("last", "best"))
-    parser.add_argument("--data-root", help="if the data set has moved")
-    parser.add_argument("--device", default="auto")
-    given = parser.parse_args(arguments)
-    saved = read_settings(given.run_dir)
-    config = Config(**{field.name: saved[field.name] for field in dataclasses.fields(Config) if field.name in saved})
-    config.out, config.device, config.data_root = given.run_dir, given.device, given.data_root or config.data_root
-    check(config)
-    splits = data.load(config.dataset, config.data_root, config.validation)
-    model = make_model(config, f"{config.out}/{given.checkpoint}.pt")
-    progress = Progress(sum(map(len, splits)), config.device)
-    (train, _), *embedded = [embed(model, progress(test_loader(s, config), "embedding"), config) for s in splits]
-    result, ranking = measure(embedded, config.dataset, train)
-    if rank() == 0:
-        write_sheet(config.out, ranking, embedded, splits[1:])
-        write(f"{config.out}/eval.json", json.dumps(dict(checkpoint=given.checkpoint) | result, indent=2))
-    progress.print("")
-    print(*eval.table(result), "", json.dumps(dict(checkpoint=given.checkpoint) | result), sep="\n")
-
-
-# ----------------------------------------------------------------------------------- the run's files
-
-
-def open_run(config, splits, model, metric, optimizer):
-    """Start OUT/, or load the state of the run in it. Returns its log so far."""
-    settings = vars(config) | data.sizes(splits) | dict(queries_without_match=data.queries_without_match(splits))
-    if not os.path.exists(f"{config.out}/last.pt"):
+def open_run(config, splits, **modules):
+    """Start OUT/, or load the run in it into the modules. Returns its log so far. Only rank 0 reads and writes."""
+    names = [(os.path.basename(path), y) for split in splits for path, y in zip(split.paths, split.labels)]
+    settings = vars(config) | data.sizes(splits) | dict(images_checksum=zlib.crc32(repr(names).encode()))
+    checkpoint, state = f"{config.out}/last.pt", None
+    if RANK == 0 and os.path.exists(checkpoint):
+        if changed := difference(settings, read_settings(config.out)):
+            raise ValueError(f"{config.out} holds another run ({changed}); delete it, or use another --out or --seed")
+        state = read_checkpoint(checkpoint)
+    elif RANK == 0:
         if config.resume:
             raise ValueError(f"--resume: {config.out} holds no run to resume")
-        if rank() == 0:
-            os.makedirs(config.out, exist_ok=True)
-            write(f"{config.out}/config.json", json.dumps(settings, indent=2))
+        os.makedirs(config.out, exist_ok=True)
+        write(f"{config.out}/config.json", lambda file: file.write_text(json.dumps(settings, indent=2)))
+    state = agree(settings, state)
+    if state is None:
         return []
-    saved = read_settings(config.out)
-    changed = [name for name in settings if name not in RESUMABLE_WITH_ANOTHER and saved.get(name) != settings[name]]
-    if changed:
-        difference = ", ".join(f"{name} is {saved.get(name)}, not {settings[name]}" for name in changed)
-        raise ValueError(f"{config.out} holds another run ({difference}); delete it, or use another --out or --seed")
-    state = models.read_checkpoint(f"{config.out}/last.pt")
     try:
-        for module, name in ((model, "model"), (metric, "metric"), (optimizer, "optimizer")):
+        for name, module in modules.items():
             module.load_state_dict(state[name])
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{config.out}/last.pt: not a checkpoint of this run; use another --out") from error
+        raise ValueError(f"{checkpoint}: not a checkpoint of this run; use another --out") from error
     print(f"  resumes after epoch {state['epoch']}")
     return state["log"]
 
@@ -385,137 +404,123 @@ def read_settings(out):
         raise ValueError(f"{out}/config.json: missing or damaged ({error}); name another run") from None
 
 
+def difference(settings, others):
+    """The settings that must be equal and are not, as text."""
+    names = [name for name in settings if name not in MAY_CHANGE_ON_RESUME and others.get(name) != settings[name]]
+    return ", ".join(f"{name} is {others.get(name)}, not {settings[name]}" for name in names)
+
+
 def save_epoch(config, log, model, metric, optimizer):
-    """log.jsonl, best.pt if this epoch is the best so far, and last.pt, from which the run resumes."""
-    write(f"{config.out}/log.jsonl", "\n".join(map(json.dumps, log)))
+    """Write log.jsonl, best.pt if this epoch is the best so far, and last.pt, from which the run resumes."""
+    write(f"{config.out}/log.jsonl", lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in log)))
     state = dict(model=model.state_dict(), metric=metric.state_dict(), epoch=len(log), log=log, config=vars(config))
-    if best_of(log) is log[-1]:
-        write(f"{config.out}/best.pt", state)
-    write(f"{config.out}/last.pt", state | dict(optimizer=optimizer.state_dict()))
-
-
-def write(path, content):
-    """Atomic write of text or of a checkpoint: temporary file, then rename."""
-    if isinstance(content, str):
-        with open(f"{path}.tmp", "w") as file:
-            print(content, file=file)
-    else:
-        torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    more = state | dict(optimizer=optimizer.state_dict())
+    state, more = tree_map_only(torch.Tensor, torch.Tensor.cpu, (state, more))  # to load on a machine without a GPU
+    with save_options.patch("save.compute_crc32", False):  # a checksum takes longer than the writing
+        if best_of(log) is log[-1]:
+            write(f"{config.out}/best.pt", lambda file: torch.save(state, file))
+        write(f"{config.out}/last.pt", lambda file: torch.save(more, file))
 
 
 def best_of(log):
-    return max(log, key=lambda line: line["recall"]["1"])
+    return max(log, key=lambda line: line["recall"][1])
 
 
-def write_sheet(out, ranking, embedded, splits):
-    arguments = [x for (z, y), split in zip(embedded, splits) for x in (z, split.paths, y.tolist())]
-    eval.retrieval_sheet(f"{out}/retrieval.png.tmp", ranking.rank, *arguments, open_image=data.open_image)
-    os.replace(f"{out}/retrieval.png.tmp", f"{out}/retrieval.png")
+def write_sheet(out, ranking, test, splits):
+    arguments = [ranking.rank, *(x for (z, y), split in zip(test, splits) for x in (z, split.paths, y.tolist()))]
+    write(f"{out}/retrieval.png", lambda file: eval.retrieval_sheet(file, *arguments, open_image=data.open_image))
+
+
+def write(path, save):
+    """Save to a temporary file, then rename it: no file is ever half written."""
+    temporary = pathlib.Path(f"{path}.tmp")
+    try:
+        save(temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        temporary.unlink(missing_ok=True)
+        reason = f" ({error})" if isinstance(error, OSError) else ""
+        raise OSError(f"{path}: cannot be written{reason}; free some space, and the same command resumes") from error
 
 
 # ----------------------------------------------------------------------------------- several processes
 
-# torchrun starts a process (rank) per GPU. All draw the same batches, lam and pairing; each embeds its shard of images.
+# torchrun starts a process (rank) per GPU, on one machine or on several:
+#     torchrun --nnodes 2 --node-rank K --master-addr HOST --nproc-per-node 8 metrix.py sop contrastive feature
+# All draw the same batches, lam and pairing. Each embeds its shard of the images. Only rank 0 prints and writes.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_ranks():
-    """Join the other ranks if torchrun started this process. Only rank 0 prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-
-
-def bounds(length):
-    """This rank's slice of so many items."""
-    return slice(length * rank() // world_size(), length * (rank() + 1) // world_size())
+def my_slice(length):
+    """The part of range(length) that this process handles."""
+    return slice(length * RANK // WORLD_SIZE, length * (RANK + 1) // WORLD_SIZE)
 
 
 def shard(x):
-    """This rank's part of a list, tensor or split."""
-    return x[bounds(len(x))]
+    """This process's part of a list, tensor or split."""
+    return x[my_slice(len(x))]
 
 
 def gather(x):
-    """The rows of all ranks in rank order. Differentiable. Shards may differ in length."""
-    if world_size() == 1:
-        return x
-    lengths = torch.cat(all_gather(torch.tensor([len(x)], device=x.device))).tolist()
-    padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
-    return torch.cat([part[:length] for part, length in zip(all_gather(padded), lengths)])
+    """The whole of which each process has its shard. Differentiable."""
+    return x if WORLD_SIZE == 1 else Gather.apply(x)
+
+
+class Gather(torch.autograd.Function):
+    """All processes compute the same loss from the whole, so each has the whole gradient of its own shard.
+
+    `average_gradients` divides by the number of processes, so backward multiplies by it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        length = torch.tensor(len(x), device=x.device)
+        dist.all_reduce(length)
+        whole = x.new_zeros(int(length), *x.shape[1:])
+        whole[my_slice(len(whole))] = x
+        dist.all_reduce(whole)  # each process adds its shard to zeros
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return shard(gradient) * WORLD_SIZE
 
 
 def average_gradients(parameters):
-    """The backward pass of `gather` sums over ranks, and all ranks compute the same loss: the mean is the gradient."""
-    if world_size() > 1:
-        for p in parameters:
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= world_size()
+    """Replace gradients by their mean over processes, in one message."""
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        mean = torch.cat([gradient.flatten() for gradient in gradients]) / WORLD_SIZE
+        dist.all_reduce(mean)
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def agree(settings, state):
+    """Rank 0's state, on all ranks. ValueError on all ranks if one has other settings or images."""
+    if WORLD_SIZE > 1:
+        every, box = [None] * WORLD_SIZE, [state]
+        dist.all_gather_object(every, settings)
+        for others in every:
+            if changed := difference(every[0], others):
+                raise ValueError(f"the processes differ ({changed}); give all machines the same flags and images")
+        dist.broadcast_object_list(box)
+        state = box[0]
+    return state
 
 
 # -------------------------------------------------------------------------------------------- output
 
 
-class Progress:
-    """Moves batches to the device and prints images/s and time left: in place on a terminal, else once a minute."""
-
-    def __init__(self, images, device):
-        self.images, self.device, self.done, self.start = images, device, 0, time.perf_counter()
-        self.interval = 0.5 if sys.stdout.isatty() else 60
-
-    def __call__(self, loader, title):
-        start = printed = time.perf_counter()
-        done = self.done
-        for images, y in loader:
-            images = data.normalize(images.to(self.device, non_blocking=True))
-            yield images.contiguous(memory_format=torch.channels_last), y.to(self.device, non_blocking=True)
-            self.done += len(y) * world_size()
-            now = time.perf_counter()
-            if now - printed > self.interval:
-                printed = now
-                rate = (self.done - done) / (now - start)
-                self.print(f"{title}  {rate:.0f} images/s  {self.left()} left" + "\n" * (not sys.stdout.isatty()))
-
-    def print(self, text):
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="", flush=True)
-
-    def left(self):
-        seconds = int((time.perf_counter() - self.start) / max(self.done, 1) * max(self.images - self.done, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
 def describe(config):
-    """Every setting, and the recipe's value where a flag changed it."""
+    """Print every setting, with (recipe: X) where a flag overrides it."""
     print(f"{config.dataset} {config.loss} {config.mode} on {config.device}, writes {config.out}")
-    settings = []
-    for name, value in (vars(Config()) | recipe(config.dataset, config.loss, config.mode)).items():
-        if name not in (*RESUMABLE_WITH_ANOTHER, "dataset", "loss", "mode"):
-            changed = f" (recipe: {value})" * (getattr(config, name) != value)
-            settings.append(f"{name} {getattr(config, name)}{changed}")
-    print("  " + ", ".join(settings))
-
-
-def describe_data(config, splits):
-    """Sizes, and a warning if results will not be comparable with published ones."""
-    parts = [f"{name}: {len(s)} images of {len(s.classes)} classes" for name, s in splits._asdict().items()]
-    print("  " + ", ".join(parts))
-    if lone := data.queries_without_match(splits):
-        print(f"  {lone} queries have no other image of their class and are left out")
-    full, found = data.FULL_SIZES.get(config.dataset), data.sizes(splits)
-    if full and full != found and not config.validation:
-        print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
+    expected, shown = vars(Config()) | recipe(config.dataset, config.loss, config.mode), []
+    for name, value in vars(config).items():
+        if name not in ("dataset", "loss", "mode", *MAY_CHANGE_ON_RESUME):
+            shown.append(f"{name} {value}" + ("" if value == expected[name] else f" (recipe: {expected[name]})"))
+    print("  " + ", ".join(shown))
 
 
 def report(config, log):
@@ -528,25 +533,42 @@ def report(config, log):
     print("\n" + json.dumps(summary | dict(seconds=round(sum(line["seconds"] for line in log), 1))))
 
 
+REMEDIES = {  # words in a RuntimeError of PyTorch: what to print instead
+    r"DataLoader worker \(pid|</torch_": "no memory left to load images (RAM or /dev/shm); use --num-workers 0",
+    r"out of memory|can't allocate memory": "out of memory; use a smaller --batch-size",
+    r"by peer": "another process has stopped; its message says why",
+}
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    torch.set_num_threads(torch.get_num_threads())  # a varying number of threads would vary the last digits
+    torch.set_num_threads(torch.get_num_threads())  # pins it: MKL varies the number otherwise, and the last digits too
+    if WORLD_SIZE > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group()
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
     try:
-        join_ranks()
         if arguments[:1] == ["eval"]:
-            evaluate_run(arguments[1:])
+            run_dir, *flags = arguments[1:] or ["RUN_DIR"]
+            evaluate_run(run_dir, flags)
         else:
             config = parse(arguments)
             report(config, run(config))
     except KeyboardInterrupt:
         print("\nmetrix: stopped; the same command resumes after the last finished epoch", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if rank() == 0 or isinstance(error, data.UnreadableImage):  # which one rank alone may meet
-            message = str(error).strip().splitlines()[-1]  # of a loader's process, this is the line after its traceback
-            print(f"metrix: {message.removeprefix('data.UnreadableImage: ')}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        remedy = next((remedy for words, remedy in REMEDIES.items() if re.search(words, str(error))), None)
+        if isinstance(error, RuntimeError) and not remedy:
+            raise  # a fault of this program
+        last_line = str(error).strip().splitlines()[-1]  # in a process that loads images, a traceback stands above it
+        met_alone = isinstance(error, (RuntimeError, data.UnreadableImage)) and "by peer" not in str(error)
+        if LOCAL_RANK == 0 or met_alone:
+            print(f"metrix: {remedy or last_line.removeprefix('data.UnreadableImage: ')}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 

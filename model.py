@@ -1,21 +1,22 @@
 """ResNet-50 written by hand, with the paper's pooling and embedding head.
 
-Bottleneck ResNet "v1.5": the stride is in the 3x3 convolution (He et al. 2016, torchvision's variant). Parameter names
-are torchvision's: its weights load here, and a trunk trained here loads there.
-
     features(images)   (B, 3, H, W) -> (B, C, h, w)      the last feature map, which feature mode mixes
-    head(features)     (B, C, h, w) -> (B, D)            average + max pool, then embed
-    embed(pooled)      (B, C)       -> (B, D)            linear layer, rows at length 1
+    head(features)     (B, C, h, w) -> (B, D)            z = embed(mean over positions + max over positions)
+    embed(pooled)      (B, C)       -> (B, D)            linear layer, then unit length
 
-With frozen statistics, batch norm is an affine map per channel. Folding it into its convolution,
+The blocks are the bottlenecks of He et al. 2016, with the stride in the 3x3 convolution ("v1.5"). Names and shapes are
+torchvision's, so weights load in both directions.
 
-    bn(conv(x; w)) = conv(x; w * gamma / sigma) + (beta - mu * gamma / sigma),
+Where the statistics mu and sigma are frozen, batch norm is folded into the convolution before it:
 
-gives the same values and gradients with one elementwise pass and one saved activation fewer.
+    bn(conv(x; w)) = conv(x; w * gamma / sigma) + (beta - mu * gamma / sigma)
+
+The result is the same, with one pass over the activations and one saved tensor less.
 """
 
 import contextlib
 import os
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +31,56 @@ BATCH_NORMS = ("train", "stats", "frozen")
 EXPANSION = 4  # a bottleneck's output channels over its inner channels
 
 
+def conv_bn(conv, bn, x):
+    """bn(conv(x)), in one convolution where the statistics are frozen."""
+    if bn.training:
+        return bn(conv(x))
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)  # gamma / sigma
+    weight, bias = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        out_channels = channels * EXPANSION
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = None
+        if in_channels != out_channels:
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x):
+        out = conv_bn(self.conv1, self.bn1, x).relu_()
+        out = conv_bn(self.conv2, self.bn2, out).relu_()
+        out = conv_bn(self.conv3, self.bn3, out)
+        out += x if self.downsample is None else conv_bn(*self.downsample, x)
+        return out.relu_()
+
+
 class ResNet(nn.Module):
-    """bn: "train"; "stats" freezes the running statistics; "frozen" freezes scale and shift as well.
+    """bn: "train"; "stats" freezes the running statistics; "frozen" freezes scale and shift as well."""
 
-    fold=False keeps batch norm a separate operation even where its statistics are frozen, for comparison.
-    """
-
-    def __init__(self, blocks=(3, 4, 6, 3), width=64, embedding_size=512, bn="stats", fold=True):
+    def __init__(self, blocks=(3, 4, 6, 3), width=64, embedding_size=512, bn="stats"):
         super().__init__()
         if bn not in BATCH_NORMS:
             raise ValueError(f"bn is {bn!r}; choose one of {', '.join(BATCH_NORMS)}")
-        self.bn, self.fold = bn, fold
+        self.bn = bn
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.layers = [f"layer{stage}" for stage in range(1, len(blocks) + 1)]
         channels = width
         for stage, count in enumerate(blocks):
-            layer = []
+            layer = nn.Sequential()
             for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layer.append(Bottleneck(channels, width * 2**stage, stride))
+                layer.append(Bottleneck(channels, width * 2**stage, stride=2 if stage > 0 and block == 0 else 1))
                 channels = width * 2**stage * EXPANSION
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
-        self.stages = len(blocks)
+            self.add_module(self.layers[stage], layer)
         self.embedding = nn.Linear(channels, embedding_size)
 
         for module in self.modules():
@@ -66,26 +95,25 @@ class ResNet(nn.Module):
         return self.head(self.features(images))
 
     def features(self, images):
-        x = conv_bn(self.conv1, self.bn1, images, self.fold).relu_()
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for stage in range(self.stages):
-            for block in self.get_submodule(f"layer{stage + 1}"):
-                x = block(x, self.fold)
-        return x
+        x = conv_bn(self.conv1, self.bn1, images).relu_()  # (B, width, H/2, W/2)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, width, H/4, W/4)
+        for layer in self.layers:
+            x = self.get_submodule(layer)(x)
+        return x  # (B, C, H/32, W/32)
 
     def head(self, features):
         maps = features.flatten(2)  # (B, C, h*w)
         return self.embed(maps.mean(2) + maps.max(2).values)
 
     def embed(self, pooled):
-        z = self.embedding(pooled)
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # at least float32
+        z = self.embedding(pooled)  # (B, D), in bfloat16 under autocast
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
     def norms(self):
         return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # or SyncBN
 
     def train_trunk(self, on):
-        """Train the layers below the embedding layer or not. If not, autograd keeps no graph for them."""
+        """Freeze or unfreeze everything below the embedding layer."""
         for name, parameter in self.named_parameters():
             if not name.startswith("embedding."):
                 parameter.requires_grad_(on)
@@ -97,50 +125,20 @@ class ResNet(nn.Module):
         super().train(mode)
         if self.bn != "train":
             for norm in self.norms():
-                norm.eval()  # frozen statistics, also in training
+                norm.eval()  # its statistics stay frozen in training
         return self
 
 
 @contextlib.contextmanager
 def no_stats_update(model):
-    """Batch norm in training mode normalises by its own batch, but leaves its running statistics as they are."""
+    """Inside, batch norm uses batch statistics without updating the running ones."""
     for norm in model.norms():
         norm.track_running_stats = False
-    yield
-    for norm in model.norms():
-        norm.track_running_stats = True
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        out_channels = channels * EXPANSION
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
-        if stride > 1 or in_channels != out_channels:
-            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
-
-    def forward(self, x, fold):
-        out = conv_bn(self.conv1, self.bn1, x, fold).relu_()
-        out = conv_bn(self.conv2, self.bn2, out, fold).relu_()
-        out = conv_bn(self.conv3, self.bn3, out, fold)
-        out += x if self.downsample is None else conv_bn(*self.downsample, x, fold)
-        return out.relu_()
-
-
-def conv_bn(conv, bn, x, fold):
-    """bn(conv(x)). With frozen statistics: one convolution, with the affine map folded into its weight."""
-    if bn.training or not fold:
-        return bn(conv(x))
-    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    try:
+        yield
+    finally:
+        for norm in model.norms():
+            norm.track_running_stats = True
 
 
 # ------------------------------------------------------------------------------------------- weights
@@ -149,42 +147,82 @@ def conv_bn(conv, bn, x, fold):
 def load_weights(model, weights):
     """Fill a model in place from "imagenet" (torchvision's IMAGENET1K_V1) or a file; "none" leaves it as it is.
 
-    A file holds a state dict with torchvision's names, or a checkpoint of this project. `fc` is ignored, and a file
-    without an embedding layer leaves the model's. Raises ValueError or OSError that names the file and what to do.
+    The tensors in a file may be nested in dicts, and any prefix may precede torchvision's names. Layers of other names,
+    such as `fc`, are left out. The model keeps its embedding layer if the file has none.
     """
     if weights == "none":
         return
-    state = imagenet_weights() if weights == "imagenet" else read_checkpoint(weights)
-    state = {name: value for name, value in state.get("model", state).items() if not name.startswith("fc.")}
+    tensors = named_tensors(imagenet_weights() if weights == "imagenet" else read_checkpoint(weights))
+    landmark = "layer1.0.bn1.running_mean"  # in every ResNet, but not in an optimizer's state
+    prefix = next((name.removesuffix(landmark) for name in tensors if name.endswith(landmark)), "")
     own = model.state_dict()
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    if not any(name.startswith("embedding.") for name in state):
-        optional |= {name for name in own if name.startswith("embedding.")}
-    wrong = sorted(own.keys() - optional - state.keys()) + sorted(state.keys() - own.keys())
-    wrong += [name for name in own.keys() & state.keys() if own[name].shape != getattr(state[name], "shape", None)]
-    if wrong:
-        reason = f"{len(wrong)} tensors do not fit this net ({wrong[0]}, ..)"
-        raise ValueError(f"{weights}: {reason}; check --net and --embedding-size")
-    model.load_state_dict(own | state)
+    layers = tuple({prefix + name.split(".")[0] + "." for name in own})
+    state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(layers)}
+    others = [name for name in tensors if not name.startswith((*layers, prefix + "fc."))]
+    optional = ("num_batches_tracked", "embedding.weight", "embedding.bias")
+    state = {name: x for name, x in own.items() if name.endswith(optional)} | state
+
+    missing, unknown = [name for name in own if name not in state], [name for name in state if name not in own]
+    shapes = [(name, tuple(state[name].shape), tuple(x.shape)) for name, x in own.items() if name in state]
+    wrong = [f"{name} {shape}, not {expected}" for name, shape, expected in shapes if shape != expected]
+    if missing or unknown or wrong:
+        faults = some(missing, "tensors missing"), some(unknown + others, "unknown"), some(wrong, "of another shape")
+        raise ValueError(f"{weights} does not fit this net: {', '.join(faults)}; check --net and --embedding-size")
+    if prefix or others:
+        print(f"  {weights}: loads {prefix}*, leaves out {some(others, 'tensors')}")
+    model.load_state_dict(state)
+
+
+def named_tensors(value, name=""):
+    """{name: tensor} of nested dicts. A name is the path of keys, joined by dots."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else ()
+    return {path: x for key, inner in items for path, x in named_tensors(inner, f"{name}.{key}".lstrip(".")).items()}
+
+
+def some(names, what):
+    return f"{len(names)} {what}" + f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" * bool(names)
+
+
+class Stub(dict):
+    """Replaces an object of any class in a file. A module becomes the dict of its parameters, buffers and modules."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        for members in ("_parameters", "_buffers", "_modules"):
+            self.update(state.get(members, {}) if isinstance(state, dict) else {})
 
 
 def read_checkpoint(file):
-    """The dict in a file written by torch.save. Only tensors and plain values are read: no code in a file is run."""
+    """The dict in a file written by torch.save. Objects become stubs, so no code in the file is run."""
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file}: no such file of weights")
+        raise FileNotFoundError(f"{file}: no such weights file; expected one written by torch.save")
+    zipped = zipfile.is_zipfile(file)
+    classes = ["argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype"]  # of PyTorch before 1.6
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a truncated or foreign file
-        raise ValueError(f"{file}: not a readable checkpoint of tensors and plain values") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file}: holds a {type(state).__name__}, expected a state dict")
-    return state
+        if zipped:
+            classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        with torch.serialization.safe_globals([(Stub, name) for name in classes]):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        with open(file, "rb") as content:
+            start = content.read(16)
+        hint = f"it begins with {start!r}, so its download may have failed"
+        if zipped or start[:1] == b"\x80":  # a pickle
+            convert = 'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
+            hint = f"if it is whole and you trust it, convert it: {convert}"
+        raise ValueError(f"{file}: not a readable checkpoint in the format of torch.save; {hint}") from error
+    return state if isinstance(state, dict) else {}
 
 
 def imagenet_weights():
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
     try:
-        return torchvision.models.ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network, or a file with another hash
-        url = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
-        place = f"{torch.hub.get_dir()}/checkpoints"
-        raise OSError(f"no ImageNet weights ({error}); put {url} into {place}, or use --weights none") from error
+        return weights.get_state_dict(check_hash=True)
+    except Exception as error:  # no network, another hash, or a damaged file from an earlier try
+        reason, place = str(error).partition("\n")[0], f"{torch.hub.get_dir()}/checkpoints"
+        remedy = f"put {weights.url} into {place}, or use --weights none"
+        raise OSError(f"no ImageNet weights ({reason}); {remedy}") from error

@@ -1,26 +1,59 @@
 #!/usr/bin/env bash
 # ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]   train and evaluate; default: toy contrastive feature
-# ./run.sh all DATASET [--seeds N] [--flag value ..]   the twelve cells of a data set, and a table of them
+# ./run.sh all DATASET [--seeds N] [--flag value ..]   every loss and mode of a data set, then a table of them
 # ./run.sh eval RUN_DIR [--checkpoint best]            every metric of a run's checkpoint
 # ./run.sh bench [KERNEL] [--sizes ..] [--json FILE]   time the kernels against the alternatives
-# ./run.sh test [--slow]                               the tests, or those that take minutes
-# MODES="baseline embed" ./run.sh all cub              these modes only; LOSSES chooses losses likewise
-# NPROC=4 ./run.sh sop contrastive feature             four processes, one GPU each (torchrun)
-# PYTHON=/path/to/python ./run.sh                      another Python than the active one
-set -euo pipefail
-here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+# ./run.sh test [--slow]                               the fast tests; with --slow, the slow ones instead
+# ./run.sh --help                                      what each flag means
+# MODES="baseline embed" ./run.sh all cub              only these modes; LOSSES selects losses likewise
+# NPROC=4 ./run.sh sop contrastive feature             four processes, one GPU each
+# PYTHON=/path/to/python ./run.sh                      use this Python
+set -euo pipefail  # macOS has bash 3.2: an empty array counts as unset there
+unset CDPATH
+here=$(cd "$(dirname "$0")" && cd "$(dirname "$(readlink "$(basename "$0")")")" && pwd)  # follows a symbolic link
+fail() { echo "run.sh: $*" >&2; exit 2; }
 
-needed="torch, torchvision, numpy, PIL"
-[[ ${1:-} == test ]] && needed+=", pytest, scipy"
-python=${PYTHON:-python3}
-if ! "$python" -c "import $needed" 2>/dev/null; then
-    python="$here/.venv/bin/python"
-    if ! "$python" -c "import $needed" 2>/dev/null; then
-        echo "The active Python lacks one of: $needed. Installing requirements.txt into $here/.venv: GBs, minutes."
-        "${PYTHON:-python3}" -m venv "$here/.venv"
-        "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
-    fi
+if [[ ${1:-} == all ]]; then  # check the words before anything starts
+    losses="contrastive multisimilarity proxyanchor" modes="baseline input feature embed"
+    for word in ${LOSSES:-}; do [[ " $losses " == *" $word "* ]] || fail "LOSSES: $word is none of: $losses"; done
+    for word in ${MODES:-}; do [[ " $modes " == *" $word "* ]] || fail "MODES: $word is none of: $modes"; done
+    words=() seeds=1 suffix=""
+    for word in "${@:2}"; do
+        if [[ $seeds == next ]]; then seeds=$word; continue; fi
+        case $word in
+            --seeds) seeds=next ;;
+            --seeds=*) seeds=${word#*=} ;;
+            --out | --out=* | --seed | --seed=* | --resume)
+                fail "all takes no ${word%%=*}: it sets --out and --seed, and resumes by itself" ;;
+            --validation) suffix=-validation words+=("$word") ;;
+            *) words+=("$word") ;;
+        esac
+    done
+    dataset=${words[0]:--}
+    [[ $dataset != -* ]] || fail "all needs a data set: ./run.sh all DATASET [--seeds N] [--flag value ..]"
+    [[ $seeds =~ ^[1-9][0-9]*$ ]] || fail "--seeds needs a number, at least 1"
 fi
+
+needed="torch torchvision numpy PIL"
+if [[ ${1:-} == test ]]; then needed+=" pytest scipy"; fi
+find='import sys
+if sys.version_info < (3, 10):
+    sys.stderr.write("run.sh: Python %d.%d is too old: 3.10 or newer is needed\n" % sys.version_info[:2]); sys.exit(2)
+from importlib.util import find_spec
+missing = [name for name in sys.argv[1:] if not find_spec(name)]
+print(", ".join(missing)); sys.exit(3 if missing else 0)'
+python=${PYTHON:-python3} code=0
+command -v "$python" > /dev/null || fail "$python: no such Python; set PYTHON=/path/to/python"
+missing=$("$python" -c "$find" $needed) || code=$?
+if [[ $code == 3 ]]; then
+    venv=$here/.venv/bin/python
+    if ! "$venv" -c "$find" $needed > /dev/null 2>&1; then
+        echo "Missing packages: $missing. Installing requirements.txt into $here/.venv (a few GB, a few minutes)."
+        "$python" -m venv "$here/.venv"
+        "$venv" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
+    fi
+    python=$venv
+elif [[ $code != 0 ]]; then exit "$code"; fi  # Python has said why
 
 case ${1:-} in
     test)
@@ -28,24 +61,20 @@ case ${1:-} in
         if [[ ${2:-} == --slow ]]; then marked="slow"; shift; fi
         cd "$here"
         exec "$python" -m pytest -q -m "$marked" tests "${@:2}" ;;
-    bench)
-        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m kernels.bench "${@:2}" ;;
-    all)
-        dataset=${2:?"all needs a data set"} seeds=1 flags=() runs=()
-        for ((n = 3; n <= $#; n++)); do
-            if [[ ${!n} == --seeds ]]; then n=$((n + 1)); seeds=${!n}; else flags+=("${!n}"); fi
-        done
-        for ((seed = 0; seed < seeds; seed++)); do
-            for loss in ${LOSSES:-contrastive multisimilarity proxyanchor}; do
-                for mode in ${MODES:-baseline input feature embed}; do
-                    runs+=("runs/$dataset-$loss-$mode-seed$seed")
-                    PYTHON=$python "$here/run.sh" "$dataset" $loss $mode --seed $seed --out "${runs[-1]}" "${flags[@]}"
-                done
-            done
-        done
-        exec "$python" "$here/eval.py" "${runs[@]}" ;;
+    bench) exec "$python" "$here/tests/bench.py" "${@:2}" ;;
 esac
-if [[ ${NPROC:-1} != 1 ]]; then
-    exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" "$here/metrix.py" "$@"
-fi
-exec "$python" "$here/metrix.py" "$@"
+launch=("$python")
+if [[ ${NPROC:-1} != 1 ]]; then launch+=(-m torch.distributed.run --standalone --nproc-per-node="$NPROC"); fi
+if [[ ${1:-} != all ]]; then exec "${launch[@]}" "$here/metrix.py" "$@"; fi
+
+runs=()
+for ((seed = 0; seed < seeds; seed++)); do
+    for loss in ${LOSSES:-$losses}; do
+        for mode in ${MODES:-$modes}; do
+            run=runs/$dataset-$loss-$mode$suffix-seed$seed
+            "${launch[@]}" "$here/metrix.py" "$dataset" $loss $mode --seed $seed --out "$run" "${words[@]:1}"
+            runs+=("$run")
+        done
+    done
+done
+exec "$python" "$here/results/table.py" "${runs[@]}"

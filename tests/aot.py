@@ -78,9 +78,9 @@ def record(chip):
             i = empty(9500, dtype=torch.int64)
             mix_pool.mix_pool(empty(100, C, side, side, dtype=dtype), i, i, 0.4).sum().backward()
     for queries, items in ((60_502, 60_502), (14_218, 12_612)):
-        names, bound = empty(queries, dtype=torch.int64), empty(queries)
-        gallery = empty(items, D), empty(items, dtype=torch.int64)
-        recall.triton_count(empty(queries, D), names, *gallery, bound, queries == items)
+        query, labels = empty(queries, D), empty(queries, dtype=torch.int64)
+        gallery = (query, labels) if queries == items else (empty(items, D), empty(items, dtype=torch.int64))
+        recall.triton_count(recall.ByLabel(query, labels, *gallery, labels, labels), empty(queries))
     return found
 
 

@@ -1,11 +1,21 @@
-"""The benchmark end to end at tiny sizes: what is timed, what is not, and what is written."""
+"""The benchmark: what is compared, timed, left out and written."""
 
 import json
+import os
+import subprocess
+import sys
 
+import bench
 import pytest
 import torch
+from conftest import ROOT
 
-from kernels import bench
+import kernels
+
+
+def result_of(arguments, capsys):
+    bench.main([*arguments.split(), "--device", "cpu"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.fixture(autouse=True)
@@ -15,69 +25,75 @@ def quick(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-@pytest.mark.parametrize("what", ["pairwise", "mixed", "recall", "step"])
-def test_all_forms_of_a_kernel_are_timed_and_written(what, tmp_path, capsys):
-    bench.main([what, "--sizes", "20", "--json", str(tmp_path / "out.json"), "--device", "cpu"])
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    assert len(result["rows"]) == (1 if what == "recall" else 3)
-    for row in result["rows"]:
-        for name, form in row["forms"].items():
-            assert form.get("ms", 0) > 0 or "is not installed" in form["failed"], (row["case"], name, form)
+@pytest.mark.parametrize("kernel, size", [("mix_pool", 7), ("step", 20), ("recall", 60), ("pairwise", 20), ("mixed", 9)])
+def test_every_implementation_gives_the_right_result_and_is_timed(kernel, size, capsys):
+    for row in result_of(f"{kernel} --sizes {size}", capsys)["rows"]:
+        for name, cell in row["results"].items():
+            assert cell.get("ms", 0) > 0 or "is not installed" in cell["failed"], (row["case"], name, cell)
 
 
-def form(value=1.0):
-    return lambda k: [torch.tensor([value])]
+def fail(x):
+    raise RuntimeError("much happened\nout of memory\n\nSet TORCH_LOGS for more\n")
 
 
-def failing(k):
-    raise MemoryError
+@pytest.fixture
+def cases(monkeypatch):
+    """A case for every size but 0. It takes 250 ms."""
+
+    def build(device, size, loss):
+        values = dict(ours=[0, 1.0], close=[0, 1.0009], wrong=[0, 1.002], nan=[0, torch.nan])
+        functions = {name: lambda x, value=value: [torch.tensor(value)] for name, value in values.items()}
+        functions |= dict(fewer=lambda x: [], failing=fail, not_compared=lambda x: None)
+        return dict(title=f"case {8 // size}", inputs=[[size]] * 3, functions=functions, tolerance=1e-3, work=5e8)
+
+    monkeypatch.setattr(bench, "CASES", dict(mixed=(build, [""], [1, 2], [], "GB/s")))
+    monkeypatch.setattr(bench, "seconds", lambda run, device: run() and 0.25 or 0.25)
+    monkeypatch.setattr(bench, "peak_mib", lambda run, device: run())
 
 
-def cases(device, sizes):
-    forms = {"ours": form(), "another": form(1.0001), "off": form(2.0), "hungry": failing}
-    for size in sizes:
-        yield dict(case=f"case {size}", size=size, forms=forms, tolerance=1e-3, work=1e9, unit="GB/s")
+def test_what_is_wrong_or_fails_says_so_and_the_others_go_on(cases, capsys):
+    bench.main(["mixed", "--sizes", "1,0,2", "--device", "cpu"])
+    out = capsys.readouterr().out
+    one, none, two = (row["results"] for row in json.loads(out.splitlines()[-1])["rows"])
+    good, failed = dict(mib=None, ms=250, repetitions=1), {name: cell.pop("failed", None) for name, cell in one.items()}
+    assert one["ours"] == one["close"] == one["not_compared"] == good
+    assert failed["wrong"] == "ArithmeticError: wrong by 0.002" and failed["nan"] == "ArithmeticError: wrong by nan"
+    assert failed["fewer"].startswith("ValueError: zip()") and failed["failing"] == "RuntimeError: out of memory"
+    assert none["ours"]["failed"].startswith("ZeroDivisionError") and two["failing"]["failed"] == failed["failing"]
+    assert "| case 8 " in out and "| 250 ms (1 x), ? MiB " in out and "| 2 GB/s, 200% " in out and "| ---: " in out
 
 
-def test_a_form_that_is_wrong_or_fails_says_so_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "CASES", dict(pairwise=cases))
-    bench.main(["pairwise", "--sizes", "1,2", "--json", str(tmp_path / "out.json"), "--device", "cpu"])
-    for row in json.loads((tmp_path / "out.json").read_text())["rows"]:
-        assert row["forms"]["off"] == dict(failed="wrong") and row["forms"]["hungry"] == dict(failed="out of memory")
-        assert row["forms"]["another"]["ms"] >= 0 and row["rate"] > 0
-    assert "out of memory" in capsys.readouterr().out
+def test_the_deadline_leaves_the_rest_out(cases, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "START", 0)
+    row = result_of("mixed --sizes 1 --deadline 0.1", capsys)["rows"][0]
+    assert {cell["failed"] for cell in row["results"].values()} == {"left out at the deadline"}
 
 
-def test_rows_are_written_one_by_one(tmp_path, monkeypatch):
-    def stopped(device, sizes):
-        yield from cases(device, [1])
+def test_each_row_is_written_when_it_is_there(cases, monkeypatch, tmp_path):
+    def stop(*_):
+        monkeypatch.setattr(bench, "measure", None)
+        assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "CASES", dict(pairwise=stopped))
+    monkeypatch.setitem(bench.CASES, "step", (stop, [""], [1], [], None))
     with pytest.raises(KeyboardInterrupt):
-        bench.main(["pairwise", "--json", str(tmp_path / "out.json"), "--device", "cpu"])
-    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 1
+        bench.main(["--sizes", "1", "--json", str(tmp_path / "out.json"), "--device", "cpu"])
 
 
-def test_the_deadline_leaves_cases_out_and_names_them(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "CASES", dict(pairwise=cases))
-    bench.main(["pairwise", "--sizes", "1,2", "--deadline", "0", "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert "left out at the deadline: pairwise: case 1; pairwise: case 2" in out
-    assert json.loads(out.splitlines()[-1])["rows"] == []
+def test_with_backend_sets_the_backend_during_the_call_only():
+    assert bench.with_backend(lambda: kernels.backend, "triton")() == "triton" and kernels.backend == "auto"
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("pair", "invalid choice: 'pair'"),
-        ("pairwise --sizes ten", "--sizes ten: expected numbers"),
-        ("pairwise --json /nowhere/out.json", "/nowhere/out.json: no such directory"),
-    ],
-)
-def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, capsys):
+@pytest.mark.parametrize("words", ["pair", "pairwise --sizes ten", "pairwise --json /nowhere/out.json"])
+def test_unknown_words_are_refused_in_one_line(words, capsys):
     with pytest.raises(SystemExit) as end:
-        bench.main(arguments.split())
+        bench.main(words.split())
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("bench: ") and error.count("\n") == 1 and message in error
+    assert end.value.code == 2 and error.startswith("bench: error: ") and words.split()[-1] in error
+    assert error.count("\n") == 1
+
+
+def test_it_runs_by_path_in_a_directory_with_a_kernels_py(tmp_path):
+    (tmp_path / "kernels.py").write_text("raise SystemExit('not these')")
+    command, environment = [sys.executable, ROOT / "tests/bench.py", "--help"], os.environ | dict(PYTHONPATH=".")
+    assert subprocess.check_output(command, cwd=tmp_path, env=environment).startswith(b"Time Metrix")

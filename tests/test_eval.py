@@ -1,6 +1,4 @@
-"""Metrics against a float64 sort, the geometry against loops, the sheet, and the table of many runs."""
-
-import json
+"""Metrics against a float64 sort, the geometry against loops over pairs, and the picture."""
 
 import numpy as np
 import pytest
@@ -37,8 +35,8 @@ def sorted_metrics(query, query_labels, gallery=None, gallery_labels=None):
     return result | dict(map_at_r=mean(average_precision), r_precision=mean(r_precision))
 
 
-def everything(*arguments, shard=slice(None)):
-    return eval.summary(eval.per_query(*arguments, everything=True, shard=shard), KS)
+def full_summary(*arguments):
+    return eval.summary(eval.per_query(*arguments, full=True), KS)
 
 
 def assert_same(one, other):
@@ -48,10 +46,10 @@ def assert_same(one, other):
 def cases():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 12, (90,), generator=generator)
-    labels[:5] = torch.tensor([-7, 1000, 2**40, 50, 51])  # lone queries; any integer is a label
+    labels[:5] = torch.tensor([-7, 1000, 2**40, 50, 51])  # queries without a match; any integer is a label
     random = torch.randn(90, 16, generator=generator)
     yield "random", random, labels
-    yield "float64", random.double(), labels
+    yield "float64", 1e100 * random.double(), labels  # too long for float32
     yield "long", 1e15 * random, labels
     yield "grid", torch.randint(-1, 2, (90, 4), generator=generator).float() + 0.1, labels  # many exact ties
     yield "duplicated", random[torch.randint(0, 30, (90,), generator=generator)], labels
@@ -68,28 +66,22 @@ def case(request):
 @pytest.fixture(params=[7, 1024])
 def tile(request, monkeypatch):
     monkeypatch.setattr(recall, "TILE", request.param)
-    monkeypatch.setattr(recall, "BATCH", request.param)
+    monkeypatch.setattr(recall, "CHUNK", 90 * request.param)
     monkeypatch.setattr(eval, "HELD", 90 * request.param)
 
 
 # ------------------------------------------------------------------------------------------- ranking
 
 
-def test_every_metric_equals_a_sort(case, tile):
+@pytest.mark.parametrize("split", [None, 40])
+def test_every_metric_equals_a_sort(split, case, tile):
     z, y = case
-    expected = sorted_metrics(z, y)
-    assert_same(everything(z, y), expected)
-    assert eval.recall_at_k(z, y, ks=KS) == expected["recall"]
-    assert eval.map_at_r(z, y) == pytest.approx(expected["map_at_r"])
-    assert eval.r_precision(z, y) == pytest.approx(expected["r_precision"])
-
-
-def test_every_metric_equals_a_sort_with_a_separate_gallery(case, tile):
-    z, y = case
-    arguments = z[:40], y[:40], z[40:], y[40:]
+    arguments = (z[:split], y[:split], z[split:], y[split:]) if split else (z, y)
     expected = sorted_metrics(*arguments)
-    assert_same(everything(*arguments), expected)
+    assert_same(full_summary(*arguments), expected)
     assert eval.recall_at_k(*arguments, ks=KS) == expected["recall"]
+    assert eval.map_at_r(*arguments) == pytest.approx(expected["map_at_r"])
+    assert eval.r_precision(*arguments) == pytest.approx(expected["r_precision"])
 
 
 @pytest.mark.parametrize("per_class", [2, 5, 300])
@@ -103,7 +95,7 @@ def test_thousands_of_embeddings_equal_a_sort(per_class):
     found = found[(y == y[:, None]).sum(1) > 1].double()
     R, r = found.sum(1), torch.arange(1, 1500)
     top = found * (r <= R[:, None])
-    value = everything(z, y)
+    value = full_summary(z, y)
     assert value["recall"] == {k: found[:, :k].amax(1).mean().item() for k in KS}
     assert value["r_precision"] == pytest.approx((top.sum(1) / R).mean().item())
     assert value["map_at_r"] == pytest.approx(((top * found.cumsum(1) / r).sum(1) / R).mean().item(), rel=1e-5)
@@ -112,15 +104,15 @@ def test_thousands_of_embeddings_equal_a_sort(per_class):
 @pytest.mark.parametrize("size", [64, 100, 512])
 def test_a_collapsed_embedding_scores_zero(size):
     z = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).expand(1500, size)
-    value = everything(z, torch.arange(1500) // 5)
+    value = full_summary(z, torch.arange(1500) // 5)
     assert value["recall"][1000] == value["map_at_r"] == value["r_precision"] == 0
 
 
 def test_the_order_of_the_gallery_does_not_matter(case):
     z, y = case
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
-    assert_same(everything(z[:40], y[:40], z, y), everything(z[:40], y[:40], z[order], y[order]))
-    rankings = eval.per_query(z, y, everything=True), eval.per_query(z[order], y[order], everything=True)
+    assert_same(full_summary(z[:40], y[:40], z, y), full_summary(z[:40], y[:40], z[order], y[order]))
+    rankings = eval.per_query(z, y, full=True), eval.per_query(z[order], y[order], full=True)
     for values, shuffled in zip(*rankings):
         torch.testing.assert_close(values[order], shuffled, equal_nan=True)
 
@@ -131,27 +123,38 @@ def test_shards_of_the_queries_make_up_the_whole(shards, case):
     bounds = [len(y) * n // shards for n in range(shards + 1)]
     for arguments in ((z, y), (z, y, z[20:], y[20:])):
         for kind in (False, True):
-            whole = eval.per_query(*arguments, everything=kind)
-            parts = [eval.per_query(*arguments, everything=kind, shard=slice(*at)) for at in zip(bounds, bounds[1:])]
+            whole = eval.per_query(*arguments, full=kind)
+            parts = [eval.per_query(*arguments, full=kind, shard=slice(*at)) for at in zip(bounds, bounds[1:])]
             for values, *pieces in zip(whole, *parts):
                 if values is not None:
                     torch.testing.assert_close(torch.cat(pieces), values, equal_nan=True)
 
 
-def test_lone_queries_are_left_out():
+def test_a_table_shows_shares_in_percent():
+    result = dict(recall={1: 0.5, 10: 1.0}, map_at_r=0.25, r_precision=0.125, uniformity=-1.5)
+    titles, values = eval.table(result)
+    assert titles == "     R@1    R@10   MAP@R  R-prec.  uniformity"
+    assert values == "   50.00  100.00   25.00    12.50     -1.5000"
+
+
+def test_queries_without_a_match_are_left_out():
     z, y = torch.eye(4), torch.tensor([0, 1, 2, 0])
-    ranking = eval.per_query(z, y, everything=True)
+    ranking = eval.per_query(z, y, full=True)
     assert ranking.rank.tolist() == [2, -1, -1, 2]
     assert ranking.r_precision.isnan().tolist() == [False, True, True, False]
     value = eval.summary(ranking, ks=(2, 3))
     assert value == dict(queries=2, queries_without_match=2, recall={2: 0.0, 3: 1.0}, map_at_r=0.0, r_precision=0.0)
 
 
-def test_arrays_and_any_float_type_are_accepted(case):
-    z, y = case[0].double(), case[1]
-    assert eval.recall_at_k(z.numpy(), y.numpy(), ks=KS) == eval.recall_at_k(z, y, ks=KS)
-    half = F.normalize(z, dim=1).bfloat16()
-    assert eval.recall_at_k(half, y, ks=KS) == eval.recall_at_k(half.float(), y, ks=KS)
+def test_arrays_lists_and_any_float_type_are_accepted(case):
+    z, y = F.normalize(case[0].double(), dim=1), case[1]
+    expected = full_summary(z, y)
+    assert full_summary(z.numpy(), y.numpy()) == full_summary(z.tolist(), y.tolist()) == expected
+    half = z.bfloat16()
+    assert full_summary(half, y) == full_summary(half.float(), y)
+    geometry = [eval.alignment(z, y), eval.uniformity(z), eval.utilization(z[60:], z[:60])]
+    z, y = z.tolist(), y.tolist()
+    assert geometry == pytest.approx([eval.alignment(z, y), eval.uniformity(z), eval.utilization(z[60:], z[:60])], 1e-6)
 
 
 def test_unusable_embeddings_are_named():
@@ -212,9 +215,11 @@ def test_alignment_uniformity_and_utilization_equal_loops_over_pairs(case, monke
 
 def test_too_few_embeddings_have_no_geometry():
     z = torch.randn(3, 2)
+    assert eval.uniformity(z[:2]) == pytest.approx(-2 * (z[0] - z[1]).square().sum().item(), rel=1e-4)
     for call, message in [
         (lambda: eval.alignment(z, torch.arange(3)), "no class has two"),
         (lambda: eval.uniformity(z[:1]), "at least two"),
+        (lambda: eval.utilization(z[:0], z), r"\(0, 2\) test"),
         (lambda: eval.utilization(z, z[:0]), r"\(0, 2\) training"),
         (lambda: eval.utilization(z, torch.randn(3, 4)), r"\(3, 4\) training"),
     ]:
@@ -225,67 +230,41 @@ def test_too_few_embeddings_have_no_geometry():
 # ------------------------------------------------------------------------------------------- picture
 
 
-def test_the_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_path):
-    """Eight plain images of two classes: every query has three right and four wrong neighbours."""
-    paths = [str(tmp_path / f"{n}.png") for n in range(8)]
-    for path in paths:
-        Image.new("RGB", (30, 30), (10, 120, 200)).save(path)
+def draw(folder, rank, *sides):
+    """The pixels of the picture. Each side is embeddings and labels, of images in the colour (10, 120, n)."""
+    arguments = []
+    for number, (z, y) in enumerate(sides):
+        paths = [str(folder / f"{number}-{n}.png") for n in range(len(z))]
+        for n, path in enumerate(paths):
+            Image.new("RGB", (30, 30), (10, 120 + number, n)).save(path)
+        arguments += [z, paths, y]
+    eval.retrieval_sheet(folder / "picture.png", rank, *arguments)
+    return np.asarray(Image.open(folder / "picture.png"))
+
+
+def test_the_picture_frames_right_neighbours_green_and_wrong_ones_red(tmp_path):
+    """Eight queries of two classes: each has three right and four wrong neighbours."""
     z, y = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    eval.retrieval_sheet(tmp_path / "sheet.png", eval.per_query(z, y).rank, z, paths, y)
-    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    inner, outer = eval.CELL - 10, eval.CELL - 4
+    pixels = draw(tmp_path, eval.per_query(z, y).rank, (z, y))
+    inner, outer = eval.THUMBNAIL - 10, eval.THUMBNAIL - 4
     frame = outer**2 - inner**2
     assert (pixels == (50, 205, 50)).all(-1).sum() == 8 * 3 * frame
     assert (pixels == (255, 0, 0)).all(-1).sum() == 8 * 4 * frame
-    assert (pixels == (10, 120, 200)).all(-1).sum() == 8 * 8 * inner**2
+    assert (pixels[..., 1] == 120).sum() == 8 * 8 * inner**2
+    black = (pixels == 0).all(-1)  # the frames of queries
+    assert np.flatnonzero(black[:, 2])[0] == eval.TITLE + 2 and np.flatnonzero(black[eval.TITLE + 2])[0] == 2
 
 
-def test_the_worst_queries_come_last_on_the_sheet(tmp_path):
-    paths = [str(tmp_path / f"{n}.png") for n in range(12)]
-    for n, path in enumerate(paths):
-        Image.new("RGB", (30, 30), (n, 0, 0)).save(path)
-    z, y = torch.randn(12, 3), torch.arange(12) // 2
-    eval.retrieval_sheet(tmp_path / "sheet.png", torch.arange(12), z, paths, y)
-    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    tops = [eval.TITLE + eval.CELL * n for n in range(5)] + [2 * eval.TITLE + eval.CELL * n for n in range(5, 10)]
-    queries = [int(pixels[top + eval.CELL // 2, eval.CELL // 2, 0]) for top in tops]
-    assert queries[5:] == [11, 10, 9, 8, 7] and set(queries[:5]) < set(range(7))
-
-
-# ----------------------------------------------------------------------------------------- many runs
-
-
-def write_run(directory, loss, mode, seed, share, epochs=60, logged=None):
-    directory.mkdir()
-    config = dict(dataset="cub", loss=loss, mode=mode, seed=seed, epochs=epochs)
-    (directory / "config.json").write_text(json.dumps(config))
-    last = dict(epoch=logged or epochs, recall={"1": share}, map_at_r=share / 2)
-    last |= dict(alignment=0.1 * seed, uniformity=-1.0, utilization=0.3)
-    (directory / "log.jsonl").write_text(json.dumps(dict(epoch=1)) + "\n" + json.dumps(last) + "\n")
-    return str(directory)
-
-
-def test_runs_are_compared_by_seed(tmp_path, capsys):
-    runs = []
-    for seed, gain in enumerate((0.01, 0.02, 0.06)):
-        base = 0.5 + 0.1 * seed
-        runs.append(write_run(tmp_path / f"b{seed}", "contrastive", "baseline", seed, base))
-        runs.append(write_run(tmp_path / f"f{seed}", "contrastive", "feature", seed, base + gain, epochs=100))
-    runs.append(write_run(tmp_path / "f3", "contrastive", "feature", 3, 0.9, epochs=100))  # without a baseline: no gain
-    eval.main(runs)
-    out = capsys.readouterr().out
-    assert out.startswith("epochs: baseline 60, feature 100\n")
-    assert "60.00 +- 5.77" in out  # 50, 60, 70
-    assert "3.00 +- 1.53" in out  # gains of 1, 2, 6
-    assert "64.7" in out and "67.4" in out  # published
-    rows = {row["row"]: row["values"] for row in json.loads(out.splitlines()[-1])["rows"]}
-    assert rows["gain, by seed"]["feature"] == pytest.approx([0.5, 1, 3])  # the last such row: MAP@R
-    assert rows["recall_at_1"]["input"] == [] and len(rows["recall_at_1"]["feature"]) == 4
-
-
-def test_an_unfinished_run_is_named(tmp_path, capsys):
-    for name in (write_run(tmp_path / "half", "contrastive", "baseline", 0, 0.5, logged=30), str(tmp_path / "none")):
-        with pytest.raises(SystemExit) as end:
-            eval.main([name])
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.startswith(f"eval: {name}: not a finished run") and error.count("\n") == 1
+def test_the_picture_shows_random_queries_and_then_the_worst_with_their_nearest_items(tmp_path):
+    z, y = F.normalize(torch.randn(14, 3), dim=1), torch.arange(14) // 2
+    rank = torch.arange(14).index_fill(0, torch.tensor([12]), -1)  # query 12 has nothing to find
+    for gallery in ([], [(F.normalize(torch.randn(20, 3), dim=1), torch.arange(20) // 2)]):
+        pixels = draw(tmp_path, rank, (z, y), *gallery)
+        middle = [eval.TITLE * (1 + row // 5) + eval.THUMBNAIL * row + eval.THUMBNAIL // 2 for row in range(10)]
+        queries = pixels[middle, eval.THUMBNAIL // 2, 2].tolist()
+        assert queries[5:] == [13, 11, 10, 9, 8] and set(queries[:5]) < set(range(8))
+        sim = z[queries] @ (gallery[0][0] if gallery else z).T
+        sim[range(10), queries] -= 0 if gallery else 10  # a query is not its own neighbour
+        columns = range(2 * eval.THUMBNAIL, pixels.shape[1], eval.THUMBNAIL)
+        assert pixels[middle][:, columns, 2].tolist() == sim.topk(10).indices.tolist()
+        assert (pixels[middle][:, columns, 1] == 120 + len(gallery)).all()
