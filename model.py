@@ -23,10 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-NETS = {
-    "resnet50": dict(blocks=(3, 4, 6, 3), width=64),
-    "tiny": dict(blocks=(1, 1, 1, 1), width=16),
-}
+NETS = dict(resnet50=dict(blocks=(3, 4, 6, 3), width=64), tiny=dict(blocks=(1, 1, 1, 1), width=16))
 BATCH_NORMS = ("train", "stats", "frozen")
 EXPANSION = 4  # a bottleneck's output channels over its inner channels
 

@@ -1,7 +1,7 @@
-"""Fused kernels for pairwise losses, mixed feature maps and recall: one file each, plain tensors in and out.
+"""Fused kernels for pairwise losses, mixed feature maps and recall: one file each.
 
-Every public function exists in plain PyTorch and in Triton, with one signature. `backend`, set by --kernels, chooses:
-"torch", "triton", or "auto", which runs Triton on a GPU where the problem is large enough.
+The functions in pairwise.py, mix_pool.py and recall.py run in PyTorch or in Triton. `backend`, set by --kernels,
+chooses: "torch", "triton", or "auto", which runs Triton on a GPU if the problem is large enough.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # Triton exists for Linux only. Without it the kernels are defined, but never run.
+except ImportError:  # Triton exists for Linux only; without it, @jit and @jit(..) leave functions alone
     triton, tl = None, types.SimpleNamespace(constexpr=None)
 
     def jit(function=None, **_):
@@ -24,14 +24,14 @@ except ImportError:  # Triton exists for Linux only. Without it the kernels are 
 
 BACKENDS = ("auto", "torch", "triton")
 backend = "auto"
-TRITON_FROM = 2**24  # "auto" runs Triton from this many pairs or mixed values on. Estimated, not measured.
-TILE = 1024  # rows and columns of the similarities that a CPU computes at a time
+TRITON_FROM = 2**24  # with "auto", Triton runs from this many pairs or mixed values up; estimated, not measured
+TILE = 1024  # side of the square tiles of similarities in recall.py and eval.py
 # Large products on a CPU use oneDNN, which is up to twice as fast as MKL on AMD.
 ONEDNN_FROM = 2**25 if torch.backends.mkldnn.is_available() else float("inf")
 
 
 def use_triton(tensor, size=TRITON_FROM):
-    """Whether Triton computes with this tensor. ValueError if --kernels triton asks for it and it cannot run.
+    """Whether Triton should run on this tensor. ValueError if the user asked for Triton and it cannot run.
 
     size: how many pairs or mixed values there are. float64 always runs in PyTorch.
     """
@@ -39,7 +39,7 @@ def use_triton(tensor, size=TRITON_FROM):
         if triton is None:
             raise ValueError("--kernels triton: Triton is not installed; use --kernels torch")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("--kernels triton: no GPU; set TRITON_INTERPRET=1 to run the kernels, slowly, on the CPU")
+            raise ValueError("--kernels triton: not on a CPU; TRITON_INTERPRET=1 runs the kernels there, slowly")
     large = backend == "auto" and tensor.is_cuda and triton is not None and size >= TRITON_FROM
     return (backend == "triton" or large) and tensor.dtype != torch.float64
 
@@ -52,13 +52,13 @@ def launch(kernel, grid, *arguments, **options):
 
 
 def refuse_second_derivatives():
-    """For backward passes written by hand. PyTorch's once_differentiable lets some second derivatives pass as zeros."""
+    """For backward passes written by hand. once_differentiable returns zeros if the incoming gradient is constant."""
     if torch.is_grad_enabled():  # the caller has set create_graph
         raise RuntimeError("the kernels have no second derivatives; set kernels.backend = 'torch'")
 
 
 def sm_count_and_arch(device):
-    """Multiprocessors and major compute capability. The interpreter pretends to have 5, so that tests split columns."""
+    """Multiprocessors and major compute capability. A CPU pretends to have 5, so that tests split columns."""
     if device.type != "cuda":
         return 5, 9
     properties = torch.cuda.get_device_properties(device)
@@ -72,20 +72,20 @@ PRECISIONS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # of GPUs
 
 
 def relaxed(device):
-    """Whether the caller allows products of float32 with fewer digits: TF32, bfloat16 or autocast."""
+    """Whether the caller allows float32 products with fewer digits: TF32, bfloat16 or autocast."""
     return torch.is_autocast_enabled(device.type) or any(p.fp32_precision not in ("none", "ieee") for p in PRECISIONS)
 
 
 @contextlib.contextmanager
 def full_precision(device):
-    """Inside, products of float32 keep all their digits, whatever the caller allows."""
+    """Inside, float32 products keep all digits, whatever the caller allows."""
     if not relaxed(device):
         yield
         return
     before = [p.fp32_precision for p in PRECISIONS]
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch raises it where the caller has set fp32_precision
+    except RuntimeError:  # PyTorch raises this if fp32_precision was set
         legacy = "highest"
     torch.set_float32_matmul_precision("highest")  # this sets fp32_precision to "ieee" as well
     try:
@@ -118,7 +118,7 @@ class _Product(torch.autograd.Function):
 
 
 def similarities(a, b):
-    """a @ b.T. The backward pass is in full precision too, where autograd would use what the caller allows."""
+    """a @ b.T in full precision, backward too. Autograd alone would use the caller's settings in the backward pass."""
     return _Product.apply(a, b) if relaxed(a.device) else a @ b.T
 
 
@@ -127,7 +127,7 @@ def row_slices(start, stop, size):
 
 
 def row_chunks(rows, width, size, device):
-    """Slices of rows that hold about `size` elements each. On a GPU they hold 2^26, because each slice is a launch."""
+    """Slices of rows with about `size` elements each. On a GPU they have 2^26, because every slice costs launches."""
     return row_slices(0, rows, max(1, (size if device.type == "cpu" else 2**26) // max(width, 1)))
 
 

@@ -5,7 +5,7 @@ For bank pair k = (i, j) and channel c, with s running over the h*w positions,
     pooled[k,c] = mean_s m[s] + max_s m[s],      m[s] = lam*F[i,c,s] + (1-lam)*F[j,c,s].
 
 The mean commutes with mixing. The maximum does not, so a running maximum walks the positions and remembers where it was
-found. The gradient needs nothing else: with w_k = lam where image b is first in pair k, and 1-lam where it is second,
+found. The gradient needs nothing else. With w_k = lam where image b is first in pair k, and 1-lam where it is second,
 
     d loss / d F[b,c,s] = sum_k w_k g[k,c] ([s = argmax[k,c]] + 1/S),      g[k,c] = d loss / d pooled[k,c].
 
@@ -82,8 +82,9 @@ def options(C):
 
 
 def csr(key, groups):
-    """order[start[n] : start[n + 1]] are the indices of all keys that equal n, for n < groups. int32 saves registers."""
+    """Row pointers and indices: order[start[n] : start[n + 1]] are where key equals n, for n < groups."""
     key, order = key.sort(stable=True)
+    # int32 saves registers
     return order.int(), torch.searchsorted(key, torch.arange(groups + 1, device=key.device), out_int32=True)
 
 
@@ -155,8 +156,8 @@ def triton_forward(features, i, j, lam):
 def mix_pool_gradient_kernel(
     grad, argmax, order, start, features_grad, lam_i, lam_j, M, S, C, BS: tl.constexpr, BC: tl.constexpr
 ):
-    # One program computes the gradient of one map in BC channels, at all positions. It walks the pairs of image b:
-    #     gradient[b,c,s] = sum_k w_k g[k,c] [s = argmax[k,c]] + (sum_k w_k g[k,c]) / S
+    # One program computes the gradient of one map in BC channels, at all positions. It walks the pairs k of image b:
+    #     features_grad[b,c,s] = sum_k w_k g[k,c] [s = argmax[k,c]] + (sum_k w_k g[k,c]) / S
     b = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     s = tl.arange(0, BS)

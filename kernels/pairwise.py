@@ -1,21 +1,24 @@
 """Pairwise losses: sums over the pairs of every anchor, without storing a large matrix of similarities.
 
-Rows x (anchors: examples or proxies) meet columns v (examples or mixed examples). With the similarity s = x v^T, row r has
+x holds the anchors (examples or proxies), v the examples that they are compared with (clean or mixed ones). With the
+similarities s = x v^T, row r gets
 
     pull[r] = sum of rho+(s[r, c]) over its positives c,      push[r] = sum of rho-(s[r, c]) over its negatives c,
 
 and the numbers of terms above zero. A loss is a function of these (R,) sums; see losses.py.
 
-Every vector has a key (label, id). A pair is positive if the labels are equal and the ids differ, and negative if the
-labels differ. In a mixed loss every positive pair is also a negative one, so that it enters both sums.
+Every vector has a key (group, id). In a clean loss the group is the label. A pair is positive if the groups are equal
+and the ids differ. It is negative if the groups differ. In a mixed loss a positive pair enters both sums, and other
+pairs enter neither.
 
 `plain_sums` is this definition in PyTorch. The Triton kernels compute the same in tiles of similarities:
 
     pair_limits_kernel      highest negative and lowest positive of every row, for mining
-    pair_sums_kernel        the sums: a tile is reduced as soon as it is multiplied
-    pair_gradient_kernel    dx = g v and dv = g^T x: the tile is multiplied again and becomes g = d loss / d s
+    pair_sums_kernel        the sums; a tile is reduced as soon as it is multiplied
+    pair_gradient_kernel    dx = g v and dv = g^T x; a tile of s is multiplied again and becomes g = d loss / d s
 
-Shapes: R rows, N columns, D embedding size. Kernels call one side a (n vectors) and the other one b (m vectors).
+Shapes: R rows, N columns, D embedding size. In the kernels a (n, D) are the rows and b (m, D) the columns. The gradient
+kernel runs with x as a, then with v as a.
 """
 
 from typing import NamedTuple
@@ -27,12 +30,12 @@ from torch.utils.checkpoint import checkpoint
 from kernels import jit, launch, pad_columns, refuse_second_derivatives, similarities, sm_count_and_arch
 from kernels import tl, triton, use_triton
 
-EPS = 1e-12  # squared distances and lengths are at least this, so that their square roots have a gradient
-PIECE = 2**23  # pairs whose matrices are kept for the backward pass: ten arrays of 32 MiB
+EPS = 1e-12  # squared distances and lengths are clamped here, because sqrt has an infinite gradient at 0
+PIECE = 2**23  # most pairs in one piece, because autograd keeps about ten arrays of them
 
 
 class Rho(NamedTuple):
-    """The term of one pair with similarity s: rho+ if the pair is positive, rho- if it is negative.
+    """The term of one pair with similarity s: rho+ if the pair is positive, rho- if it is negative. Kinds:
 
         "hinge"          rho+ = d = sqrt(2 - 2s)                      rho- = relu(push_base - d)
         "exponential"    rho+ = e^{-pull_scale (s - pull_base)}       rho- = e^{push_scale (s - push_base)}
@@ -45,10 +48,11 @@ class Rho(NamedTuple):
     push_base: float = 0.0
 
     def __call__(self, s):
-        """rho+(s) and rho-(s)."""
         if self.kind == "hinge":
             d = F.threshold_(2 - 2 * s, EPS, EPS).sqrt_()  # clamped, with gradient 0 at the clamp
             return d, (self.push_base - d).relu_()
+        if self.kind != "exponential":
+            raise ValueError(f"rho is {self.kind!r}; choose hinge or exponential")
         return torch.exp(-self.pull_scale * (s - self.pull_base)), torch.exp(self.push_scale * (s - self.push_base))
 
 
@@ -58,11 +62,11 @@ class Rho(NamedTuple):
 def plain_sums(x, v, x_keys, v_keys, rho, epsilon=None, mixed=False):
     """pull, push and the numbers of their terms above zero, (R,) each, from the whole matrix of similarities."""
     s = similarities(x, v)  # (R, N)
-    same_label = x_keys[0][:, None] == v_keys[0]
-    positive = same_label & (x_keys[1][:, None] != v_keys[1])
-    negative = positive if mixed else ~same_label
+    same_group = x_keys[0][:, None] == v_keys[0]
+    positive = same_group & (x_keys[1][:, None] != v_keys[1])
+    negative = positive if mixed else ~same_group
 
-    if epsilon is not None:  # mining keeps the pairs that are harder than the hardest of the other kind, less epsilon
+    if epsilon is not None and len(v):  # mining compares every pair with the hardest pair of the other kind
         highest_negative = s.detach().masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
         lowest_positive = s.detach().masked_fill(~positive, torch.inf).amin(1, keepdim=True)
         positive = positive & (s < highest_negative + epsilon)
@@ -75,30 +79,36 @@ def masked_sums(s, positive, negative, rho):
     """Sums along the rows of similarities s: of rho+ where positive, of rho- where negative, and their counts."""
     pull, push = rho(s)
     pull, push = pull * positive, push * negative
-    return pull.sum(1), push.sum(1), pull.detach().sign().sum(1), push.detach().sign().sum(1)  # no term is below zero
+    return pull.sum(1), push.sum(1), pull.detach().sign().sum(1), push.detach().sign().sum(1)  # terms are >= 0
 
 
 def in_pieces(sums, width, *rows):
-    """sums(*rows), in pieces of rows above PIECE pairs. The backward pass computes each piece again."""
+    """sums(*rows), a list. Above PIECE pairs it splits the rows, and recomputes each piece in the backward pass."""
     size = max(1, PIECE // max(width, 1))
     if len(rows[0]) <= size:
-        return sums(*rows)
+        return [*sums(*rows)]
     pieces = zip(*(tensor.split(size) for tensor in rows))
-    return [torch.cat(parts) for parts in zip(*(checkpoint(sums, *piece, use_reentrant=False) for piece in pieces))]
+    results = [checkpoint(sums, *piece, use_reentrant=False) for piece in pieces]
+    return [torch.cat(parts) for parts in zip(*results)]
 
 
 def pair_sums(x, v, x_keys, v_keys, rho, epsilon=None, mixed=False):
     """The sums at the top of this file: pull, push and how many terms of each are above zero, (R,) each.
 
-    x: (R, D) and v: (N, D), rows of length 1. x_keys: (2, R) and v_keys: (2, N), integer labels and ids. epsilon: the
-    margin of mining, None for all pairs. Differentiable in x and v; second derivatives in PyTorch only.
+    x: (R, D) and v: (N, D), rows of length 1. x_keys: (2, R) and v_keys: (2, N), integers. epsilon: the margin of mining,
+    or None. rho: a Rho, or any function of s that returns rho+ and rho-, none below zero; that one runs in PyTorch.
+    Differentiable in x and v. Second derivatives exist in PyTorch only.
     """
-    fused = use_triton(x, len(x) * len(v))
-    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not fused):
-        x, v = x.float(), v.float()
+    fused = isinstance(rho, Rho) and use_triton(x, len(x) * len(v))
     if fused:
         return triton_pair_sums(x, v, x_keys, v_keys, rho, epsilon, mixed)
-    return in_pieces(lambda x, *keys: plain_sums(x, v, keys, v_keys, rho, epsilon, mixed), len(v), x, *x_keys)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x, v = x.float(), v.float()
+
+    def sums(rows, *keys):
+        return plain_sums(rows, v, keys, v_keys, rho, epsilon, mixed)
+
+    return in_pieces(sums, len(v), x, *x_keys)
 
 
 # -------------------------------------------------------------------------------------- Triton: tiles
@@ -119,7 +129,7 @@ def similarity_tile(a, b, i, j, WIDTH, BM: tl.constexpr, BN: tl.constexpr, BK: t
 
 
 @jit
-def same_label_tile(a_keys, b_keys, i, j):
+def same_group_tile(a_keys, b_keys, i, j):
     return tl.load(a_keys + i)[:, None] == tl.load(b_keys + j)[None, :]
 
 
@@ -130,50 +140,51 @@ def other_id_tile(a_keys, b_keys, i, j, n, m):
 
 @jit
 def rho_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
-    """rho+(s) and rho-(s)."""
+    """rho+(s) and rho-(s), as in Rho."""
     if KIND == "hinge":
         d = tl.sqrt(tl.maximum(2.0 - 2.0 * s, 1e-12))
         return d, tl.maximum(push_base - d, 0.0)
     else:
+        tl.static_assert(KIND == "exponential")
         return tl.exp(-pull_scale * (s - pull_base)), tl.exp(push_scale * (s - push_base))
 
 
 @jit
 def slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND: tl.constexpr):
-    """The derivatives of rho+ and rho- by s. That of a clamped distance is 0."""
+    """d rho+ / ds and d rho- / ds. The slope is 0 where the distance is clamped."""
     if KIND == "hinge":
         square = 2.0 - 2.0 * s
         slope = tl.where(square > 1e-12, -tl.rsqrt(tl.maximum(square, 1e-12)), 0.0)
         margin = tl.maximum(push_base, 0.0)
-        return slope, tl.where(square < margin * margin, -slope, 0.0)
+        return slope, tl.where(square < margin * margin, -slope, 0.0)  # d < margin
     else:
         pull, push = rho_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
         return -pull_scale * pull, push_scale * push
 
 
 # ------------------------------------------------------------------------------------ Triton: kernels
-# A program computes BM rows and walks the columns, BN at a time. Where there are few rows, several programs share the
-# columns of the same rows, and the host combines what they find. Indices beyond the last vector are clamped to it, and
-# masked where they would count.
+# A program computes BM rows and walks the columns, BN at a time. If there are few rows, several programs split the
+# columns, and the host combines their results. Indices beyond the last vector are clamped to it. They are masked before
+# they enter a sum.
 
 
 @jit(do_not_specialize=["n", "m"])
 def pair_limits_kernel(
     a, b, a_keys, b_keys, out, n, m, WIDTH, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    # Each program finds the highest negative and the lowest positive similarity of BM rows.
+    # Each program finds the highest negative and the lowest positive similarity of BM rows. out: (programs, 2, n).
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     i = tl.minimum(rows, n - 1)
     highest_negative = tl.full((BM,), float("-inf"), tl.float32)
     lowest_positive = tl.full((BM,), float("inf"), tl.float32)
 
     for start in range(tl.program_id(1) * BN, m, tl.num_programs(1) * BN):
-        j = tl.minimum(start + tl.arange(0, BN), m - 1)  # the last column may come twice, which changes no limit
+        j = tl.minimum(start + tl.arange(0, BN), m - 1)  # a repeated column changes no limit
         s = similarity_tile(a, b, i, j, WIDTH, BM, BN, BK)
-        same_label = same_label_tile(a_keys, b_keys, i, j)
-        positive = same_label & other_id_tile(a_keys, b_keys, i, j, n, m)
+        same_group = same_group_tile(a_keys, b_keys, i, j)
+        positive = same_group & other_id_tile(a_keys, b_keys, i, j, n, m)
 
-        highest_negative = tl.maximum(highest_negative, tl.max(tl.where(same_label, float("-inf"), s), 1))
+        highest_negative = tl.maximum(highest_negative, tl.max(tl.where(same_group, float("-inf"), s), 1))
         lowest_positive = tl.minimum(lowest_positive, tl.min(tl.where(positive, s, float("inf")), 1))
 
     out += tl.program_id(1) * 2 * n + rows
@@ -187,7 +198,9 @@ def pair_sums_kernel(
     KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # Each program sums the terms of BM rows.
+    # Each program sums the terms of BM rows. out: (programs, 4, n): pull, push, num_pull, num_push.
+    # limits, if MINED: (2, n). Row i keeps positives with s < limits[0, i] and negatives with s > limits[1, i].
+    # reach: no negative with s <= reach counts.
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     i = tl.minimum(rows, n - 1)
     reach = tl.load(reach)
@@ -198,13 +211,13 @@ def pair_sums_kernel(
         columns = start + tl.arange(0, BN)
         j = tl.minimum(columns, m - 1)
         s = similarity_tile(a, b, i, j, WIDTH, BM, BN, BK)
-        same_label = same_label_tile(a_keys, b_keys, i, j)
+        same_group = same_group_tile(a_keys, b_keys, i, j)
 
-        # Most tiles hold only negatives that are too far away to count.
-        if tl.max(tl.where(same_label, float("inf"), s)) > reach:
+        # Skip a tile without equal groups and without s above reach, because nothing in it counts.
+        if tl.max(tl.where(same_group, float("inf"), s)) > reach:
             inside = (columns < m)[None, :]
-            positive = inside & same_label & other_id_tile(a_keys, b_keys, i, j, n, m)
-            negative = positive if MIXED else inside & ~same_label
+            positive = inside & same_group & other_id_tile(a_keys, b_keys, i, j, n, m)
+            negative = positive if MIXED else inside & ~same_group
             if MINED:
                 positive &= s < tl.load(limits + i)[:, None]
                 negative &= s > tl.load(limits + n + i)[:, None]
@@ -226,15 +239,17 @@ def pair_sums_kernel(
 
 @jit(do_not_specialize=["n", "m"])
 def pair_gradient_kernel(
-    a, b, a_keys, b_keys, a_rule, b_rule, reach, out, n, m, D, WIDTH, pull_scale, pull_base, push_scale, push_base,
+    a, b, a_keys, b_keys, a_anchor, b_anchor, reach, out, n, m, D, WIDTH, pull_scale, pull_base, push_scale, push_base,
     KIND: tl.constexpr, MIXED: tl.constexpr, MINED: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    # Each program computes out[i] = sum_j g[i, j] b[j] for BM rows and BD columns of out.
-    #     g[i, j] = (pull_i + pull_j) rho+'(s[i, j]) if the pair is positive
-    #             + (push_i + push_j) rho-'(s[i, j]) if it is negative
-    # A rule holds d loss / d pull and d loss / d push of every vector as an anchor, 0 for a vector that is none, and
-    # the limits of its mining.
+    # Each program computes BM rows and BD columns of out[i] = sum_j g[i, j] b[j], where g = d loss / d s:
+    #     g[i, j] = (pull_grad[i] + pull_grad[j]) rho+'(s[i, j]) if the pair is positive
+    #             + (push_grad[i] + push_grad[j]) rho-'(s[i, j]) if the pair is negative
+    # There are two gradients, because i can be an anchor that sees j, and j can be an anchor that sees i.
+    # a_anchor: (2, n), pull_grad and push_grad of each a; both are 0 if it is no anchor. b_anchor: (2, m) likewise.
+    # If MINED, two more rows hold the limits of each anchor, and a pair counts for it only within them.
+    # b, if SPLIT: the parts [high, low, high] of the vectors, with D columns each.
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     i = tl.minimum(rows, n - 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -245,31 +260,31 @@ def pair_gradient_kernel(
         columns = start + tl.arange(0, BN)
         j = tl.minimum(columns, m - 1)
         s = similarity_tile(a, b, i, j, WIDTH, BM, BN, BK)
-        same_label = same_label_tile(a_keys, b_keys, i, j)
+        same_group = same_group_tile(a_keys, b_keys, i, j)
 
-        # Most tiles hold only negatives that are too far away to count.
-        if tl.max(tl.where(same_label, float("inf"), s)) > reach:
-            positive = same_label & other_id_tile(a_keys, b_keys, i, j, n, m)
-            negative = positive if MIXED else ~same_label
+        # Skip a tile without equal groups and without s above reach, because nothing in it counts.
+        if tl.max(tl.where(same_group, float("inf"), s)) > reach:
+            positive = same_group & other_id_tile(a_keys, b_keys, i, j, n, m)
+            negative = positive if MIXED else ~same_group
 
-            pull_i, push_i = tl.load(a_rule + i)[:, None], tl.load(a_rule + n + i)[:, None]
-            pull_j, push_j = tl.load(b_rule + j)[None, :], tl.load(b_rule + m + j)[None, :]
+            pull_grad_i, push_grad_i = tl.load(a_anchor + i)[:, None], tl.load(a_anchor + n + i)[:, None]
+            pull_grad_j, push_grad_j = tl.load(b_anchor + j)[None, :], tl.load(b_anchor + m + j)[None, :]
             if MINED:
-                pull_i = tl.where(s < tl.load(a_rule + 2 * n + i)[:, None], pull_i, 0.0)
-                pull_j = tl.where(s < tl.load(b_rule + 2 * m + j)[None, :], pull_j, 0.0)
-                push_i = tl.where(s > tl.load(a_rule + 3 * n + i)[:, None], push_i, 0.0)
-                push_j = tl.where(s > tl.load(b_rule + 3 * m + j)[None, :], push_j, 0.0)
+                pull_grad_i = tl.where(s < tl.load(a_anchor + 2 * n + i)[:, None], pull_grad_i, 0.0)
+                pull_grad_j = tl.where(s < tl.load(b_anchor + 2 * m + j)[None, :], pull_grad_j, 0.0)
+                push_grad_i = tl.where(s > tl.load(a_anchor + 3 * n + i)[:, None], push_grad_i, 0.0)
+                push_grad_j = tl.where(s > tl.load(b_anchor + 3 * m + j)[None, :], push_grad_j, 0.0)
 
             pull_slope, push_slope = slope_tile(s, pull_scale, pull_base, push_scale, push_base, KIND)
-            g = tl.where(positive, (pull_i + pull_j) * pull_slope, 0.0)
-            g += tl.where(negative, (push_i + push_j) * push_slope, 0.0)
+            g = tl.where(positive, (pull_grad_i + pull_grad_j) * pull_slope, 0.0)
+            g += tl.where(negative, (push_grad_i + push_grad_j) * push_slope, 0.0)
 
             vectors = b + j.to(tl.int64)[:, None] * WIDTH + d[None, :]
             inside = (columns < m)[:, None]
             high = tl.load(vectors, mask=inside, other=0.0)  # (BN, BD)
             g_high = g.to(high.dtype)
             total = tl.dot(g_high, high, total)
-            if SPLIT:  # the vectors and g are sums of a high and a low part; low times low is left out
+            if SPLIT:  # g = g_high + g_low and b = high + low; their product drops low times low
                 g_low = (g - g_high.to(tl.float32)).to(high.dtype)
                 total = tl.dot(g_low, high, total)
                 total = tl.dot(g_high, tl.load(vectors + D, mask=inside, other=0.0), total)
@@ -280,7 +295,7 @@ def pair_gradient_kernel(
 
 # ------------------------------------------------------------------------------------- Triton: launches
 
-# Block sizes are the largest ones that do not spill. They have not been tuned on a GPU.
+# The largest blocks that do not spill registers. They have not been tuned on a GPU.
 LAUNCH = dict(num_warps=8, num_stages=3)
 SUMS = dict(BM=128, BN=64, BK=32)
 GRADIENT = dict(BM=64, BN=64, BK=64, BD=128)
@@ -288,9 +303,9 @@ HOPPER_GRADIENT = dict(BM=128, BN=64, BK=32, BD=128)
 
 
 def operands(x):
-    """Vectors as the left and the right side of a product in bfloat16, with columns padded to a multiple of BD.
+    """x as the left and the right factor of a product in bfloat16, and D padded to a multiple of BD.
 
-    float32 is split into bfloat16 parts high + low: [high, high, low] [high, low, high]^T is x x^T without low times low.
+    float32 is split into parts high + low. [high, high, low] [high, low, high]^T is x x^T without low times low.
     """
     x = pad_columns(x, 128)
     left = right = x
@@ -298,50 +313,51 @@ def operands(x):
         high = x.bfloat16()
         low = (x - high).bfloat16()
         left, right = torch.cat([high, high, low], 1), torch.cat([high, low, high], 1)
-    if x.device.type == "cpu":  # the interpreter is right in float32 only
+    if x.device.type == "cpu":  # Triton's interpreter is wrong in bfloat16
         left, right = left.float(), right.float()
-    return left, right
+    return left, right, x.shape[1]
 
 
 def column_shares(device, blocks, columns, size):
-    """How many programs share the columns, so that every multiprocessor has work."""
-    return max(1, min(triton.cdiv(columns, size), triton.cdiv(sm_count_and_arch(device)[0], blocks)))
+    """How many programs split the columns, so that every multiprocessor has work."""
+    return max(1, min(triton.cdiv(columns, size), triton.cdiv(sm_count_and_arch(device)[0], max(blocks, 1))))
 
 
 def triton_sums(x, v, x_keys, v_keys, rho, epsilon, mixed):
-    """The sums (4, R); the limits of mining (2, R) or None; and `reach`: negatives with s <= reach add nothing."""
-    R, N, left, right = len(x), len(v), operands(x)[0], operands(v)[1]
+    """The sums (4, R), the limits (2, R) of mining or None, and reach: no negative with s <= reach counts."""
+    (left, _, _), (_, right, _) = operands(x), operands(v)
+    R, N, WIDTH = len(x), len(v), left.shape[1]
     blocks = triton.cdiv(R, SUMS["BM"])
     grid = blocks, column_shares(x.device, blocks, N, SUMS["BN"])
+
     limits, reach = None, torch.full((), -torch.inf, device=x.device)
     if rho.kind == "hinge":
-        reach.fill_(1 - max(rho.push_base, 0) ** 2 / 2 - 1e-6)
-
+        reach.fill_(1 - max(rho.push_base, 0) ** 2 / 2 - 1e-6)  # d < margin where s > 1 - margin^2 / 2; less rounding
     if epsilon is not None:
         out = torch.empty(grid[1], 2, R, device=x.device)
-        launch(pair_limits_kernel, grid, left, right, x_keys, v_keys, out, R, N, left.shape[1], **SUMS, **LAUNCH)
-        below, above = out[:, 0].amax(0) + epsilon, out[:, 1].amin(0) - epsilon
-        limits, reach = torch.stack([below, above]), torch.maximum(reach, above.min())
+        launch(pair_limits_kernel, grid, left, right, x_keys, v_keys, out, R, N, WIDTH, **SUMS, **LAUNCH)
+        limits = torch.stack([out[:, 0].amax(0) + epsilon, out[:, 1].amin(0) - epsilon])
+        reach = torch.maximum(reach, limits[1].min())
 
     out = torch.empty(grid[1], 4, R, device=x.device)
-    arguments = left, right, x_keys, v_keys, out if limits is None else limits, reach, out, R, N, left.shape[1]
+    arguments = left, right, x_keys, v_keys, out if limits is None else limits, reach, out, R, N, WIDTH
     flags = dict(KIND=rho.kind, MIXED=mixed, MINED=limits is not None)
     launch(pair_sums_kernel, grid, *arguments, *rho[1:], **flags, **SUMS, **LAUNCH)
-    return out.sum(0), limits, reach
+    nan = 0 * (x.sum() + v.sum())  # 0, but NaN where the embeddings hold NaN, which comparisons in the kernels drop
+    return out.sum(0) + nan, limits, reach
 
 
-def triton_gradient(a, b, a_keys, b_keys, a_rule, b_rule, reach, rho, mixed):
+def triton_gradient(a, b, a_keys, b_keys, a_anchor, b_anchor, reach, rho, mixed):
     """sum over j of g[i, j] b[j]: the gradient (n, D) of a."""
-    n, m, left, right = len(a), len(b), operands(a)[0], operands(b)[1]
-    split = a.dtype == torch.float32
-    D = right.shape[1] // (3 if split else 1)
+    (left, _, _), (_, right, D) = operands(a), operands(b)
+    n, m, WIDTH = len(a), len(b), left.shape[1]
     sizes = HOPPER_GRADIENT if sm_count_and_arch(a.device)[1] == 9 else GRADIENT
     blocks = triton.cdiv(n, sizes["BM"]), triton.cdiv(D, sizes["BD"])
     grid = *blocks, column_shares(a.device, blocks[0] * blocks[1], m, sizes["BN"])
 
     out = torch.empty(grid[2], n, D, device=a.device)
-    arguments = left, right, a_keys, b_keys, a_rule, b_rule, reach, out, n, m, D, left.shape[1]
-    flags = dict(KIND=rho.kind, MIXED=mixed, MINED=len(a_rule) == 4, SPLIT=split)
+    arguments = left, right, a_keys, b_keys, a_anchor, b_anchor, reach, out, n, m, D, WIDTH
+    flags = dict(KIND=rho.kind, MIXED=mixed, MINED=len(a_anchor) == 4, SPLIT=a.dtype == torch.float32)
     launch(pair_gradient_kernel, grid, *arguments, *rho[1:], **flags, **sizes, **LAUNCH)
     return out.sum(0)[:, : a.shape[1]].to(a.dtype)
 
@@ -360,24 +376,29 @@ class TritonPairSums(torch.autograd.Function):
     def backward(ctx, pull_grad, push_grad, *_):
         refuse_second_derivatives()
         x, v, x_keys, v_keys, limits, reach = ctx.saved_tensors
-        anchor = torch.stack([pull_grad, push_grad]).float()  # the rule of every row
+        anchor = torch.stack([pull_grad, push_grad]).float()
         anchor = anchor if limits is None else torch.cat([anchor, limits])
         rest = reach, ctx.rho, ctx.mixed
         if ctx.symmetric:  # every vector is an anchor, and also a column of the other anchors
-            return triton_gradient(x, x, x_keys, x_keys, anchor, anchor, *rest), *[None] * 6
+            return triton_gradient(x, x, x_keys, x_keys, anchor, anchor, *rest), None, None, None, None, None, None
         column = anchor.new_zeros(len(anchor), len(v))  # columns are no anchors
         dx = triton_gradient(x, v, x_keys, v_keys, anchor, column, *rest) if ctx.needs_input_grad[0] else None
         dv = triton_gradient(v, x, v_keys, x_keys, column, anchor, *rest) if ctx.needs_input_grad[1] else None
-        return dx, dv, *[None] * 5
+        return dx, dv, None, None, None, None, None
 
 
-def triton_pair_sums(x, v, x_keys, v_keys, *rest):
-    """pair_sums in Triton. It sorts the vectors by label, because positives then share few tiles."""
-    labels = torch.cat([x_keys[0], v_keys[0]]).unique(return_inverse=True)[1]  # renumbered to fit 32 bits
-    (x_labels, v_labels), symmetric = labels.split([len(x), len(v)]), x is v
-    rows, columns = x_labels.argsort(stable=True), v_labels.argsort(stable=True)
-    x_keys, v_keys = torch.stack([x_labels, x_keys[1]])[:, rows], torch.stack([v_labels, v_keys[1]])[:, columns]
+def triton_pair_sums(x, v, x_keys, v_keys, rho, epsilon, mixed):
+    """pair_sums in Triton. It sorts by group, because positive pairs then fall into few tiles."""
+    symmetric = x is v
+    if x.dtype == torch.float16:  # its gradients underflow
+        x, v = x.float(), v.float()
+    groups = torch.cat([x_keys[0], v_keys[0]]).unique(return_inverse=True)[1]  # renumbered to fit 32 bits
+    x_groups, v_groups = groups.split([len(x), len(v)])
+    rows, columns = x_groups.argsort(stable=True), v_groups.argsort(stable=True)
+
+    x_keys = torch.stack([x_groups, x_keys[1]])[:, rows].int()
+    v_keys = torch.stack([v_groups, v_keys[1]])[:, columns].int()
     x = x[rows]
     v = x if symmetric else v[columns]
-    sums = TritonPairSums.apply(x, v, x_keys.int(), v_keys.int(), *rest)
+    sums = TritonPairSums.apply(x, v, x_keys, v_keys, rho, epsilon, mixed)
     return [part[rows.argsort()] for part in sums]

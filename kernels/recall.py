@@ -3,9 +3,8 @@
     best(q) = highest s(q, g) over items g of q's class, except q itself
     rank(q) = #{ g of another class : s(q, g) >= best(q) - TIE }
 
-A query is a hit at k if rank < k, so one count serves every k. Ties count against the model. TIE is just above the
-rounding error of a float32 product of unit vectors, so a collapsed or duplicated embedding scores 0, and the result does
-not depend on the order of the gallery.
+A query is a hit at k if rank < k, so one count serves every k. Ties count against the model, so a collapsed or
+duplicated embedding scores 0. TIE is just above the rounding error of a float32 product of unit vectors.
 
 Queries and gallery are sorted by label, so the items of a class are neighbours. If the queries are the gallery, only
 tiles on or above the diagonal are computed.
@@ -106,7 +105,7 @@ def recall_count_kernel(
     rows = i * B + tl.arange(0, B)
     cols = j * B + tl.arange(0, B)
 
-    # Both operands are transposed, (D, stride), to avoid bank conflicts. Zeros fill the last tiles, so no mask is needed.
+    # Both operands are (D, stride), transposed to avoid bank conflicts. Zeros fill the last tiles, so none is masked.
     k = tl.arange(0, BK).to(tl.int64)[:, None]
     query += k * query_stride + rows[None, :]
     gallery += k * gallery_stride + cols[None, :]
@@ -134,7 +133,7 @@ def recall_count_kernel(
 
 
 def triton_count(s, bound):
-    """As plain_count, in one launch."""
+    """As plain_count."""
     symmetric = s.query is s.gallery
     query = pad_columns(pad_columns(s.query, BLOCK["BK"]).T, BLOCK["B"])  # (D, Q) up to whole tiles
     gallery = query if symmetric else pad_columns(pad_columns(s.gallery, BLOCK["BK"]).T, BLOCK["B"])

@@ -6,6 +6,7 @@ Before an implementation is timed, its result is compared with that of plain PyT
 inputs. A cell shows the median time, its ratio to the first column, and the peak memory beyond the inputs. Losses and
 pooling run forward and backward. "ours" is what the program picks. "torch" and "triton" are its two backends. A cell of
 an implementation that failed says why. A rate is the least work that the problem needs, divided by the time of ours.
+Its ceiling is the rate of a large product or copy, measured in the same run.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from kernels.top_k import top_k
 D, LAM = 512, 0.4  # embedding size, weight of a mix
 INPUTS = 3  # inputs that take turns, so that no cache holds the next one
 SECONDS, REPETITIONS = 2, 30  # an implementation is timed until it reaches either
+BF16 = 0.1  # allowed relative error in bfloat16, whose rounding moves maxima and hinges
 
 # ------------------------------------------------------------------------------------------ measuring
 
@@ -59,7 +61,7 @@ def measure(case, given):
             if turn == 0:
                 tensors = run()  # the first call also compiles
                 expected = expected or tensors
-                check(tensors, expected, 5e-2 if "bf16" in name else case["tolerance"])
+                check(tensors, expected, BF16 if "bf16" in name else case["tolerance"])
                 results[name] = dict(mib=peak_mib(clock, given.device))
             else:
                 clock()
@@ -84,7 +86,7 @@ def call(function, inputs, parameters):
 
 
 def check(tensors, expected, tolerance):
-    """ArithmeticError if the norm of a difference is too large. Norms forgive a maximum that moves by rounding."""
+    """ArithmeticError if the norm of a difference is too large."""
     for one, other in zip(tensors, expected, strict=True) if tensors is not None else ():
         error = ((one - other).double().norm() / other.double().norm().clamp_min(1e-12)).item()
         if not error <= tolerance:
@@ -147,7 +149,7 @@ def ceilings(device):
 
 
 def random_clusters(B, per_class, device):
-    """Inputs (z, y): unit embeddings (B, D) and labels (B,). Classes overlap, and some negatives are within a margin."""
+    """Inputs (z, y): unit embeddings (B, D) and labels (B,). Classes overlap, and hinges are active."""
     y = torch.arange(B, device=device) // per_class
     centres = 8 + torch.randn(INPUTS, B // per_class + 1, D, device=device)
     return [(F.normalize(c[y] + 3 * torch.randn(B, D, device=device), dim=1), y) for c in centres]
@@ -164,7 +166,7 @@ def ours(function, device, title="{}"):
 
 
 def mix_pool_case(device, B, _):
-    C, side, dtype, tolerance = 2048, 7, *((torch.bfloat16, 1e-1) if device == "cuda" else (torch.float32, 1e-3))
+    C, side, dtype, tolerance = 2048, 7, *((torch.bfloat16, BF16) if device == "cuda" else (torch.float32, 1e-3))
     i, j = losses.full_bank(torch.arange(B, device=device) // 5, "positive-negative")
     maps = [torch.randn(B, C, side, side, device=device).relu_().to(dtype) for _ in range(INPUTS)]
     inputs = [[features.contiguous(memory_format=torch.channels_last)] for features in maps]
@@ -223,11 +225,12 @@ def recall_case(device, N, _):
     def recall(nearest, y):  # nearest: (N, most), the query itself included
         others = nearest != torch.arange(N, device=device)[:, None]
         right, place = others & (y[nearest] == y[:, None]), others.cumsum(1)
-        return [torch.stack([(others & (place <= k)).any(1).double().mean() for k in ks])]
+        return [torch.stack([(right & (place <= k)).any(1).double().mean() for k in ks])]
 
     functions = ours(lambda *zy: [torch.tensor([*eval.recall_at_k(*zy, ks=ks).values()], device=device)], device)
-    functions["ours, 10 nearest"] = lambda z, y: top_k(z, k=10, exclude_self=True) and None  # not comparable with
-    functions["ours, MAP@R"] = lambda z, y: eval.map_at_r(z, y) and None  # recall, so these two are timed only
+    # The results of these two are not comparable with recall: time only.
+    functions["ours, 10 nearest"] = lambda z, y: top_k(z, k=10, exclude_self=True) and None
+    functions["ours, MAP@R"] = lambda z, y: eval.map_at_r(z, y) and None
     functions |= {"chunked topk": by_topk, "faiss, exact": by_faiss}
     title, inputs = f"recall@1..1000, N={N:,}", random_clusters(N, 5, device)
     return dict(title=title, inputs=inputs, functions=functions, tolerance=2e-3, work=N * N * D)
@@ -237,7 +240,7 @@ def pairwise_case(device, B, loss):
     inputs, metric = random_clusters(B, 4, device), metrix.LOSSES[loss](B // 4 + 1, D).to(device)
     compiled = torch.compile(metric, dynamic=False)
 
-    @mock.patch.object(pairwise, "similarities", lambda a, b: a @ b.T)  # because the guard of precision is not compiled
+    @mock.patch.object(pairwise, "similarities", lambda a, b: a @ b.T)  # without the guard, which does not compile
     def by_compiled(z, y):
         return compiled(z, y)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import losses
 from kernels import pairwise
@@ -313,6 +314,43 @@ def test_triplets_in_pieces_equal_the_whole(name, pairing, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
+def test_nearly_opposite_embeddings_mix_to_bounded_similarities(name):
+    """Half of one and half of the other is mostly rounding error, which must not blow up."""
+    z = torch.nn.functional.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = 1e-4 * torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    z = (torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])[:, None] * z + noise).requires_grad_()
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    metric = losses.ProxyAnchor(2, 64) if name == "proxyanchor" else make(name)
+    loss = metric.mixed_embed(z, y, 0.5, "positive-negative")
+    loss.backward()
+    assert 0 <= loss < 80 and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
+def test_an_empty_batch_has_a_loss_of_zero(name):
+    for y in ([], torch.tensor([], dtype=torch.int64)):
+        assert make(name)(torch.empty(0, D).double(), y) == 0
+        assert make(name).mixed_embed(torch.empty(0, D).double(), y, LAM, "anchor-negative") == 0
+
+
+def test_any_function_of_similarities_may_be_a_term(triton_device):
+    """The binomial deviance, which no kernel knows, runs in PyTorch."""
+
+    class Deviance(losses.MetricLoss):
+        rho = staticmethod(lambda s: (F.softplus(-2 * s), F.softplus(5 * s)))
+
+        def from_sums(self, pull, push, num_pull, num_push, pull_weight=1, push_weight=1):
+            return (pull_weight * pull + push_weight * push).sum()
+
+    y, z = torch.tensor(LABELS["unbalanced"]), embeddings(11)
+    s = torch.stack([torch.stack([sim(a, b) for b in z]) for a in z])
+    positive, negative = (y[:, None] == y).fill_diagonal_(False), y[:, None] != y
+    expected = F.softplus(-2 * s)[positive].sum() + F.softplus(5 * s)[negative].sum()
+    assert_equal(Deviance()(z, y), expected, z)
+    assert Deviance()(z.detach().float(), y).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
 def test_second_derivatives_are_right(name):
     y, metric = torch.tensor([0, 0, 1, 1, 2]), make(name)
     z = clusters(y).detach()[:, :3].requires_grad_()
@@ -333,12 +371,13 @@ def test_wrong_arguments_are_named():
         (lambda: losses.Contrastive()(z, y[:3]), "expected embeddings"),
         (lambda: losses.Contrastive()(z, y.double()), "integer labels"),
         (lambda: losses.full_bank(y, "positive"), "choose one of positive-negative, anchor-negative"),
-        (lambda: losses.Contrastive().mixed(z, y, z[:1], y[:2], LAM, "anchor-negative"), "1 mixed embeddings, but 2 ind"),
+        (lambda: losses.Contrastive().mixed(z, y, z[:1], y[:2], LAM, "anchor-negative"), "v has 1 rows, but i has 2"),
         (lambda: make("proxyanchor")(z, y + 4), "labels must lie in 0 .. 4, got 4 .. 5"),
         (lambda: make("proxyanchor")(z, y - 1), "labels must lie in 0 .. 4, got -1 .. 0"),
         (lambda: make("proxyanchor")(z, y * 2**40), "got 0 .. 1099511627776"),
         (lambda: make("proxyanchor").mixed_embed(z, y + 4, LAM, "anchor-negative"), "got 4 .. 5"),
         (lambda: make("proxyanchor")(z[:, :3], y), "columns"),
+        (lambda: pairwise.Rho("softplus")(z), "'softplus'; choose hinge or exponential"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -103,6 +103,16 @@ def test_every_element_is_written(case, triton_device, monkeypatch):
     assert all(result.isfinite().all() for result in with_gradients(*tensors, RHOS["hinge"], *rest))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_nan_is_not_lost(case, backend, triton_device, monkeypatch):
+    monkeypatch.setattr(kernels, "backend", backend)
+    (x, v, *keys), rest = arguments(case, BATCHES["odd"], device=triton_device)
+    v[3, 2] = torch.nan
+    sums = pairwise.pair_sums(x, v, *keys, RHOS["hinge"], *rest)
+    assert (sums[0].sum() + sums[1].sum()).isnan()
+
+
 def poison(tensor):
     return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
