@@ -2,17 +2,17 @@
 
     ./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]       default: toy contrastive feature
     ./run.sh eval RUN_DIR [--checkpoint best]                all metrics of a checkpoint
-    ./run.sh --help                                          all flags
+    ./run.sh --help                                          what each flag means
 
-The loss of a step is metric(z, y) + mix_weight * its mixed loss, with one lam ~ Beta(mix_alpha, mix_alpha). MODE:
+A step minimises    clean loss + mix_weight * mixed loss,    with one lam ~ Beta(mix_alpha, mix_alpha).
     baseline   mixes nothing
     input      mixes images with each anchor's hardest negatives, which costs a second forward pass
     feature    mixes the last feature maps, before pooling
     embed      mixes embeddings, of which only the dot products are needed
 
 A run writes OUT/ (default runs/DATASET-LOSS-MODE-seedN): config.json, log.jsonl, last.pt, best.pt, retrieval.png.
-All randomness of an epoch is seeded by (seed, epoch), so the same command resumes a stopped run and repeats it exactly:
-on a CPU, bit for bit.
+The same command resumes a stopped run. All randomness of an epoch is seeded by (seed, epoch), so on a CPU the resumed
+run ends with the same bits.
 """
 
 import argparse
@@ -286,10 +286,42 @@ def raise_error(message):
     raise ValueError(message)
 
 
-# ---------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------- images, evaluation
 
 RECALL_AT = dict.fromkeys(("cub", "cars"), (1, 2, 4, 8, 16, 32)) | dict.fromkeys(("folder", "toy"), (1, 2, 4, 8))
 RECALL_AT |= dict(sop=(1, 10, 100, 1000), inshop=(1, 10, 20, 30, 40, 50))
+
+
+def load_splits(config):
+    """The data set. Prints its sizes, and a warning if results will not be comparable with published ones."""
+    splits = data.load(config.dataset, config.data_root, config.validation)
+    for name, split in splits._asdict().items():
+        print(f"  {name}: {len(split)} images of {len(split.classes)} classes")
+        if len(split) < WORLD_SIZE:
+            raise ValueError(f"{WORLD_SIZE} processes for {len(split)} {name} images; use a smaller NPROC")
+    if alone := data.queries_without_match(splits):
+        print(f"  {alone} queries have no other image of their class and are left out")
+    full, found = data.FULL_SIZES.get(config.dataset), data.sizes(splits)
+    if full and full != found and not config.validation:
+        print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
+    return splits
+
+
+def test_loader(split, config):
+    return data.test_loader(shard(split), config.batch_size, config.image_size, config.num_workers)
+
+
+def on_device(loader, config, title):
+    """The batches of a loader on the device. Prints the rate and the time left every 20 seconds."""
+    start = printed = time.perf_counter()
+    for number, (images, y) in enumerate(loader, 1):
+        images = data.normalize(images.to(config.device, non_blocking=True))
+        yield images.contiguous(memory_format=torch.channels_last), y.to(config.device, non_blocking=True)
+        now = time.perf_counter()
+        if now - printed > 20:
+            printed, seconds = now, (now - start) / number  # per batch
+            rate, left = len(y) * WORLD_SIZE / seconds, seconds * (len(loader) - number)
+            print(f"{title}  {number}/{len(loader)}  {rate:.0f} images/s  {left / 60:.0f} min left", flush=True)
 
 
 def embed(model, loader, config):
@@ -332,42 +364,7 @@ def evaluate_run(run_dir, flags):
     print(*eval.table(result), "", json.dumps(result), sep="\n")
 
 
-# -------------------------------------------------------------------------------------------- images
-
-
-def load_splits(config):
-    """The data set. Prints its sizes, and a warning if results will not be comparable with published ones."""
-    splits = data.load(config.dataset, config.data_root, config.validation)
-    for name, split in splits._asdict().items():
-        print(f"  {name}: {len(split)} images of {len(split.classes)} classes")
-        if len(split) < WORLD_SIZE:
-            raise ValueError(f"{WORLD_SIZE} processes for {len(split)} {name} images; use a smaller NPROC")
-    if alone := data.queries_without_match(splits):
-        print(f"  {alone} queries have no other image of their class and are left out")
-    full, found = data.FULL_SIZES.get(config.dataset), data.sizes(splits)
-    if full and full != found and not config.validation:
-        print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
-    return splits
-
-
-def test_loader(split, config):
-    return data.test_loader(shard(split), config.batch_size, config.image_size, config.num_workers)
-
-
-def on_device(loader, config, title):
-    """The batches of a loader on the device. Prints the rate and the time left every 20 seconds."""
-    start = printed = time.perf_counter()
-    for number, (images, y) in enumerate(loader, 1):
-        images = data.normalize(images.to(config.device, non_blocking=True))
-        yield images.contiguous(memory_format=torch.channels_last), y.to(config.device, non_blocking=True)
-        now = time.perf_counter()
-        if now - printed > 20:
-            printed, seconds = now, (now - start) / number  # per batch
-            rate, left = len(y) * WORLD_SIZE / seconds, seconds * (len(loader) - number)
-            print(f"{title}  {number}/{len(loader)}  {rate:.0f} images/s  {left / 60:.0f} min left", flush=True)
-
-
-# --------------------------------------------------------------------------------------- run's files
+# ------------------------------------------------------------------------------------------- files
 
 
 def open_run(config, splits, **modules):
@@ -536,7 +533,7 @@ def report(config, log):
 REMEDIES = {  # words in a RuntimeError of PyTorch: what to print instead
     r"DataLoader worker \(pid|</torch_": "no memory left to load images (RAM or /dev/shm); use --num-workers 0",
     r"out of memory|can't allocate memory": "out of memory; use a smaller --batch-size",
-    r"by peer": "another process has stopped; its message says why",
+    r"by peer|Broken pipe|remote process exited": "another process has stopped; its message says why",
 }
 
 
@@ -564,7 +561,7 @@ def main(arguments=None):
         if isinstance(error, RuntimeError) and not remedy:
             raise  # a fault of this program
         last_line = str(error).strip().splitlines()[-1]  # in a process that loads images, a traceback stands above it
-        met_alone = isinstance(error, (RuntimeError, data.UnreadableImage)) and "by peer" not in str(error)
+        met_alone = isinstance(error, (RuntimeError, data.UnreadableImage)) and "another process" not in (remedy or "")
         if LOCAL_RANK == 0 or met_alone:
             print(f"metrix: {remedy or last_line.removeprefix('data.UnreadableImage: ')}", file=sys.stderr)
         sys.exit(2)

@@ -448,11 +448,12 @@ def test_images_become_rgb_on_white_as_stored(tmp_path):
     rgba[:2, :, 3] = [[0], [128]]
     levels = rgba[..., 3].astype(float)
     grey, rgb, image = Image.fromarray(rgba[..., 3]), Image.fromarray(rgba[..., :3]), Image.fromarray(rgba)
-    deep, integers = levels.astype(np.uint16) * 257, levels.astype(np.int32) * 90000 - 9
+    deep, integers = levels.astype(np.uint16) * 128, levels.astype(np.int32) * 90000 - 9
     deep, integers, floats = (Image.fromarray(x) for x in (deep, integers, (levels / 1000 - 0.1).astype(np.float32)))
     turned = Image.Exif()
     turned[274] = 6
     white, half, solid, ramp = [255] * 3, [227, 177, 152], [200, 100, 50], [[0] * 3, [128] * 3, [255] * 3]
+    dark = [[0] * 3, [63] * 3, [127] * 3]  # half of what 16 bits hold
     for image, name, options, expected in (
         (image, "rgba.png", {}, [white, half, solid]),
         (image.quantize(8), "palette.png", {}, [white, half, solid]),
@@ -460,8 +461,8 @@ def test_images_become_rgb_on_white_as_stored(tmp_path):
         (rgb, "colour.png", dict(transparency=(200, 100, 50)), [white] * 3),
         (rgb.quantize(2), "index.gif", dict(transparency=rgb.quantize(2).getpixel((0, 0))), [white] * 3),
         (grey, "level.png", dict(transparency=0), [white, *ramp[1:]]),
-        (deep, "deep.png", dict(transparency=0), [white, *ramp[1:]]),
-        *((deep, f"deep.{suffix}", {}, ramp) for suffix in ("png", "tif", "jp2", "pgm")),
+        (deep, "deep.png", dict(transparency=0), [white, *dark[1:]]),
+        *((deep, f"deep.{suffix}", {}, dark) for suffix in ("png", "tif", "jp2", "pgm")),
         (integers, "integers.tif", {}, ramp),
         (floats, "floats.tif", {}, ramp),
         (grey.point(lambda x: x // 255 * 255).convert("1"), "one.png", {}, [[0] * 3, [0] * 3, white]),
