@@ -159,7 +159,7 @@ def load_folder(root):
 def find_images(root):
     """[(class, path), ..] of all images below root, sorted. A class is a directory, relative to root."""
     images, left_out = [], collections.Counter()
-    seen = set(pathlib.Path(root).resolve().parents)  # a link may lead above root, or to a directory already read
+    seen = set(pathlib.Path(root).resolve().parents)  # links may lead back, or above root
     for directory, subdirectories, files in os.walk(root, onerror=cannot_read, followlinks=True):
         real = pathlib.Path(directory).resolve()
         if real in seen:
@@ -474,7 +474,7 @@ class Images(torch.utils.data.Dataset):
 
 @contextlib.contextmanager
 def naming(path):
-    """Any error inside becomes an UnreadableImage with the file's name. Pillow raises errors of many types."""
+    """Any error becomes an UnreadableImage that names the file, because Pillow raises errors of many types."""
     try:
         yield
     except UnreadableImage:
@@ -500,7 +500,7 @@ def open_image(path):
 
 
 def eight_bits(image):
-    """16-bit grey divided by 257. 32-bit integers and floats scaled from their own minimum and maximum to 0 .. 255."""
+    """16-bit grey is divided by 257. 32-bit integers and floats are scaled: their minimum to 0, their maximum to 255."""
     pixels = np.asarray(image, dtype=float)
     low, high = pixels.min(), pixels.max()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

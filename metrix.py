@@ -301,8 +301,8 @@ def load_splits(config):
             raise ValueError(f"{WORLD_SIZE} processes for {len(split)} {name} images; use a smaller NPROC")
     if alone := data.queries_without_match(splits):
         print(f"  {alone} queries have no other image of their class and are left out")
-    full, found = data.FULL_SIZES.get(config.dataset), data.sizes(splits)
-    if full and full != found and not config.validation:
+    full = data.FULL_SIZES.get(config.dataset)
+    if full not in (None, data.sizes(splits)) and not config.validation:
         print(f"WARNING: not the full data set ({full}), so results are not comparable with published ones")
     return splits
 
@@ -460,28 +460,19 @@ def shard(x):
 
 
 def gather(x):
-    """The whole of which each process has its shard. Differentiable."""
-    return x if WORLD_SIZE == 1 else Gather.apply(x)
+    """The whole of which each process has its shard. Shards may differ in length.
 
-
-class Gather(torch.autograd.Function):
-    """All processes compute the same loss from the whole, so each has the whole gradient of its own shard.
-
-    `average_gradients` divides by the number of processes, so backward multiplies by it.
+    All processes compute the same loss from the whole, so each knows the whole gradient of its own shard.
     """
-
-    @staticmethod
-    def forward(ctx, x):
-        length = torch.tensor(len(x), device=x.device)
-        dist.all_reduce(length)
-        whole = x.new_zeros(int(length), *x.shape[1:])
-        whole[my_slice(len(whole))] = x
-        dist.all_reduce(whole)  # each process adds its shard to zeros
-        return whole
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return shard(gradient) * WORLD_SIZE
+    if WORLD_SIZE == 1:
+        return x
+    length = torch.tensor(len(x), device=x.device)
+    dist.all_reduce(length)
+    whole, mine = x.new_zeros(int(length), *x.shape[1:]), my_slice(int(length))
+    whole[mine] = x.detach()
+    dist.all_reduce(whole)  # each process adds its shard to zeros
+    whole[mine] += WORLD_SIZE * (x - x.detach())  # adds 0, and the gradient, which average_gradients will divide
+    return whole
 
 
 def average_gradients(parameters):

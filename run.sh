@@ -23,8 +23,7 @@ if [[ ${1:-} == all ]]; then  # check the words before anything starts
         case $word in
             --seeds) seeds=next ;;
             --seeds=*) seeds=${word#*=} ;;
-            --out | --out=* | --seed | --seed=* | --resume)
-                fail "all takes no ${word%%=*}: it sets --out and --seed, and resumes by itself" ;;
+            --out | --out=* | --seed | --seed=* | --resume) fail "all sets ${word%%=*} itself; leave it out" ;;
             --validation) suffix=-validation words+=("$word") ;;
             *) words+=("$word") ;;
         esac

@@ -406,11 +406,14 @@ def test_augmentation_does_not_depend_on_workers(tmp_path, write_tree):
     split = data.load("folder", str(write_tree(tmp_path, {"a": 4, "b": 4, "c": 4, "d": 4}))).train
     epochs = []
     for num_workers in (0, 2):
-        loader = data.train_loader(split, data.TrainBatches(split.labels, 4, 2, seed=0), 32, 0.2, num_workers)
+        loader = data.train_loader(split, data.TrainBatches(split.labels, 4, 0, seed=0), 32, 0.2, num_workers)
         epochs += [torch.stack([images for images, _ in loader]) for _ in range(2)]  # images are decoded, then cached
     assert all(torch.equal(epoch, epochs[0]) for epoch in epochs)
     assert epochs[0].shape == (2, 4, 3, 32, 32) and epochs[0].dtype == torch.uint8
     assert not torch.equal(epochs[0][0, 0], epochs[0][0, 1])
+    images = data.Images(split, transforms.PILToTensor())
+    for index, path in [*enumerate(split.paths)] * 2:
+        assert torch.equal(images[index, 0][0], transforms.functional.pil_to_tensor(data.open_image(path)))
 
 
 @pytest.mark.parametrize("shape", [(60, 44), (37, 37), (300, 131), (37, 43)])

@@ -92,9 +92,9 @@ def test_every_printed_command_is_understood():
 def test_printed_python_runs(code):
     """A reader has images, labels and a loader of them, a net, and that net's trunk and head."""
     torch.manual_seed(0)
-    images, y, test_z, test_y = torch.randn(30, 3, 8, 8), torch.arange(30) // 3, torch.randn(30, 16), torch.arange(30) // 3
+    images, y, test_z = torch.randn(30, 3, 8, 8), torch.arange(30) // 3, torch.randn(30, 16)
     trunk, head = torch.nn.Conv2d(3, 12, 3), torch.nn.Linear(12, 16)
     model = torch.nn.Sequential(trunk, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), head)
     metric, loader = losses.MultiSimilarity(), [(images, y)]
-    reader = dict(images=images, y=y, loader=loader, test_z=test_z, test_y=test_y, metric=metric)
+    reader = dict(images=images, y=y, loader=loader, test_z=test_z, test_y=y, metric=metric)
     exec(code, reader | dict(model=model, trunk=trunk, head=head))

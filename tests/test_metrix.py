@@ -315,9 +315,10 @@ def test_validation_leaves_the_test_classes_unseen(tree, tmp_path, monkeypatch, 
 def test_a_run_with_its_own_gallery_ranks_queries_in_it():
     y = torch.arange(6).repeat_interleave(2)
     query, gallery = torch.eye(6)[y] + 0.1, torch.eye(6)[y.flip(0)] + 0.1
-    result, ranking = metrix.measure([(query, y), (gallery, y.flip(0))], "inshop", train=(torch.eye(6), torch.arange(6)))
+    test, train = [(query, y), (gallery, y.flip(0))], (torch.eye(6), torch.arange(6))
+    result, ranking = metrix.measure(test, "inshop", train)
     assert result["recall"][1] == 1 and result["queries"] == 12 and len(ranking.rank) == 12
-    assert "map_at_r" not in metrix.measure([(query, y), (gallery, y.flip(0))], "inshop")[0]
+    assert "map_at_r" in result and "map_at_r" not in metrix.measure(test, "inshop")[0]
 
 
 @pytest.mark.parametrize("loss", ["multisimilarity", "proxyanchor"])
@@ -366,14 +367,12 @@ def test_checkpoints_hold_tensors_of_the_cpu(tree, tmp_path, monkeypatch):
     "arguments, message",
     [
         ("toy triplet", "argument loss: invalid choice: 'triplet'"),
-        ("toy --epochs many", "argument --epochs: invalid int value: 'many'"),
         ("toy --epoch 3", "unrecognized arguments: --epoch 3"),
         ("toy --lr-step 0", "--lr-step must be at least 1"),
         ("toy --batch-size 5", "--batch-size 5 must be a multiple of --images-per-class 5, at least twice it"),
         ("toy --images-per-class 7", "--batch-size 100 must be a multiple of --images-per-class 7"),
         ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
         ("toy --device abacus", "--device abacus is not available"),
-        ("folder --data-root {empty} --weights none", "{empty}: no images in it"),
         ("folder --data-root {tree} {small} --out {tree}/class0/0.png/run", "{tree}/class0/0.png"),
         ("folder --data-root {tree} {small} --out {empty} --resume", "--resume: {empty} holds no run"),
         ("folder --data-root {broken} {small} --out {empty}/run --num-workers 2", "{broken}/d/1.png: cannot be read"),
@@ -389,33 +388,29 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, tree, tmp_p
 
 
 WORKER = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ..\n"
+MACHINE_ERRORS = {  # the words of PyTorch: the remedy
+    "DataLoader worker (pid 42) is killed by signal: Bus error. It is possible that": "--num-workers 0",
+    f"{WORKER}RuntimeError: unable to write to file </torch_7_9_0>: No space left": "--num-workers 0",
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has": "--batch-size",
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you": "--batch-size",
+    "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31": "another process has stopped",
+}
 
 
-@pytest.mark.parametrize(
-    "error, remedy",
-    [
-        (RuntimeError("DataLoader worker (pid 42) is killed by signal: Bus error. It is possible that"), "--num-workers 0"),
-        (RuntimeError(f"{WORKER}RuntimeError: unable to write to file </torch_7_9_0>: No space"), "--num-workers 0"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "--batch-size"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
-         "--batch-size"),
-        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31"), "another process"),
-    ],
-)  # fmt: skip
-def test_a_machine_that_is_too_small_gets_one_line_with_the_remedy(error, remedy, tree, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("words, remedy", MACHINE_ERRORS.items())
+def test_a_machine_that_is_too_small_gets_one_line_with_the_remedy(words, remedy, tree, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(metrix, "train_epoch", fail)
+    error = torch.OutOfMemoryError(words) if words.startswith("CUDA") else RuntimeError(words)
     assert remedy in stops(command(tree, tmp_path / "run"), capsys)
-    error.args = ("shapes do not match",)  # a fault of the program keeps its traceback
+    error = RuntimeError("shapes do not match")  # a fault of the program keeps its traceback
     with pytest.raises(RuntimeError, match="shapes do not match"):
         metrix.main(command(tree, tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] . un")]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_")])
 def test_a_full_disk_leaves_no_half_written_file(error, tree, tmp_path, capsys, monkeypatch):
     def fail(state, file):
         file.write_bytes(b"half")
@@ -459,7 +454,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(tree, 
     "damage, message",
     [
         (lambda out: (out / "config.json").write_text("{"), "config.json: missing or damaged"),
-        (lambda out: (out / "last.pt").write_bytes(b"PK"), "last.pt: "),
         (lambda out: torch.save({"model": {}}, out / "last.pt"), "last.pt: not a checkpoint of this run"),
     ],
 )
