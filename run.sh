@@ -38,8 +38,11 @@ if [[ ${1:-} == test ]]; then needed+=" pytest scipy"; fi
 find='import sys
 if sys.version_info < (3, 10):
     sys.stderr.write("run.sh: Python %d.%d is too old: 3.10 or newer is needed\n" % sys.version_info[:2]); sys.exit(2)
+from importlib.metadata import distributions
 from importlib.util import find_spec
 missing = [name for name in sys.argv[1:] if not find_spec(name)]
+torch = next(iter(distributions(name="torch")), None)
+if torch and [int(number) for number in torch.version.split(".")[:2]] < [2, 11]: missing += ["torch 2.11 or newer"]
 print(", ".join(missing)); sys.exit(3 if missing else 0)'
 python=${PYTHON:-python3} code=0
 command -v "$python" > /dev/null || fail "$python: no such Python; set PYTHON=/path/to/python"
