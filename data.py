@@ -146,9 +146,11 @@ def load_folder(root):
         test = [(name[len("test/") :] or ".", path) for name, path in images if name.startswith("test")]
         return Splits(make_split(train), make_split(test))
     # Train is named like a split. So are cars_train and cars_test, because only that word differs.
-    names = sorted({name for path in split.classes for name in path.split("/")})
-    keys = [SPLIT_WORD.sub("*", name.lower()) for name in names]
-    if found := [name for name, key in zip(names, keys) if key == "*" or ("*" in key and keys.count(key) > 1)]:
+    paths = sorted({path.as_posix() for name in split.classes for path in pathlib.PurePath(name, "image").parents})
+    keys = [SPLIT_WORD.sub("*", path.lower()) for path in paths]
+    ends = [os.path.basename(key) for key in keys]
+    found = [path for path, key, end in zip(paths, keys, ends) if end == "*" or ("*" in end and keys.count(key) > 1)]
+    if found:
         found = ", ".join(found[:4])
         raise ValueError(f"{root}: found {found}; give a directory that holds train/ and test/ only, or classes only")
     if len(split.classes) < 4:
@@ -500,7 +502,7 @@ def open_image(path):
 
 
 def eight_bits(image):
-    """16-bit grey is divided by 257. 32-bit integers and floats are scaled: their minimum to 0, their maximum to 255."""
+    """16-bit grey divided by 257, or 32-bit integers and floats from their minimum .. maximum to 0 .. 255."""
     pixels = np.asarray(image, dtype=float)
     low, high = pixels.min(), pixels.max()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

@@ -82,8 +82,8 @@ def train_epoch(epoch, model, metric, optimizer, batches, config):
             loss = step(model, metric, images, y, config, lam, pairing)
         total += loss.item()  # read before backward, so that a GPU has work while the next batch is fetched
         if not math.isfinite(total):
-            advice = f"{config.out} keeps the epochs before; try a lower --lr and another --out"
-            raise ValueError(f"epoch {epoch + 1}, step {number}: the loss is {loss.item()}; {advice}")
+            where = f"epoch {epoch + 1}, step {number}: the loss is {loss.item()}"
+            raise ValueError(f"{where}; this epoch is not saved; try a lower --lr and another --out")
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)
@@ -223,7 +223,7 @@ RECIPES = [  # data sets, losses, modes, settings
     ("sop inshop folder toy", LOSSES, MODES, dict(images_per_class=5)),
     ("toy", LOSSES, MODES, dict(net="tiny", embedding_size=64, image_size=64)),
 ]
-# From random weights: train batch norm, no warm-up, larger crops. Tuned on the baseline with --validation (results/).
+# From random weights: train batch norm, no warm-up, larger crops. Tuned on the baseline with --validation.
 SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, min_crop=0.6)
 SCRATCH |= dict(epochs=40, lr=3e-3, lr_step=16, lr_gamma=0.3, proxy_lr=30.0)
 SCRATCH_LR = {"multisimilarity": 1e-2}
@@ -241,7 +241,7 @@ def recipe(dataset, loss, mode, from_scratch=False):
 
 
 def parse(arguments, **saved):
-    """The Config of a command line, over a run's saved settings. ValueError for what is unknown or cannot work."""
+    """The Config of a command line. Saved settings replace the recipe. ValueError for words that cannot work."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.usage = "./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]\n       ./run.sh eval RUN_DIR [--flag value ..]"
     parser.description = "Defaults are those of cub contrastive. Other words change some; a run prints what it uses."
@@ -398,7 +398,7 @@ def read_settings(out):
         with open(f"{out}/config.json") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{out}/config.json: missing or damaged ({error}); name another run") from None
+        raise ValueError(f"{out}/config.json: missing or damaged ({error}); is {out} the directory of a run?") from None
 
 
 def difference(settings, others):
@@ -460,9 +460,10 @@ def shard(x):
 
 
 def gather(x):
-    """The whole of which each process has its shard. Shards may differ in length.
+    """The whole of which each process has its shard.
 
-    All processes compute the same loss from the whole, so each knows the whole gradient of its own shard.
+    All processes compute the same loss from the whole, so each knows the whole gradient of its own shard. Here it is
+    multiplied by the number of processes, because `average_gradients` divides by that.
     """
     if WORLD_SIZE == 1:
         return x
@@ -471,7 +472,7 @@ def gather(x):
     whole, mine = x.new_zeros(int(length), *x.shape[1:]), my_slice(int(length))
     whole[mine] = x.detach()
     dist.all_reduce(whole)  # each process adds its shard to zeros
-    whole[mine] += WORLD_SIZE * (x - x.detach())  # adds 0, and the gradient, which average_gradients will divide
+    whole[mine] += WORLD_SIZE * (x - x.detach())  # adds 0, which has that gradient
     return whole
 
 
@@ -521,7 +522,7 @@ def report(config, log):
     print("\n" + json.dumps(summary | dict(seconds=round(sum(line["seconds"] for line in log), 1))))
 
 
-REMEDIES = {  # words in a RuntimeError of PyTorch: what to print instead
+REMEDIES = {  # part of an error message of PyTorch: what to print instead
     r"DataLoader worker \(pid|</torch_": "no memory left to load images (RAM or /dev/shm); use --num-workers 0",
     r"out of memory|can't allocate memory": "out of memory; use a smaller --batch-size",
     r"by peer|Broken pipe|remote process exited": "another process has stopped; its message says why",
@@ -530,7 +531,7 @@ REMEDIES = {  # words in a RuntimeError of PyTorch: what to print instead
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    torch.set_num_threads(torch.get_num_threads())  # pins it: MKL varies the number otherwise, and the last digits too
+    torch.set_num_threads(torch.get_num_threads())  # MKL would vary the number, and with it the last digits
     if WORLD_SIZE > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(LOCAL_RANK)
@@ -550,7 +551,7 @@ def main(arguments=None):
     except (ValueError, OSError, RuntimeError) as error:
         remedy = next((remedy for words, remedy in REMEDIES.items() if re.search(words, str(error))), None)
         if isinstance(error, RuntimeError) and not remedy:
-            raise  # a fault of this program
+            raise
         last_line = str(error).strip().splitlines()[-1]  # in a process that loads images, a traceback stands above it
         met_alone = isinstance(error, (RuntimeError, data.UnreadableImage)) and "another process" not in (remedy or "")
         if LOCAL_RANK == 0 or met_alone:
