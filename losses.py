@@ -57,7 +57,7 @@ class MetricLoss(nn.Module):
     def mixed(self, z, y, v, i, lam, pairing):
         """The mixed loss, a scalar. v: (M, D) embeddings of mixed examples. i: (M,) index of the first part of each."""
         z, y = prepare(z, y)
-        i = torch.as_tensor(i, device=z.device)
+        i = torch.as_tensor(i, device=z.device).long()
         if len(v) != len(i):
             raise ValueError(f"v has {len(v)} rows, but i has {len(i)}")
         anchors, anchor_keys, keys = self.anchors(z, y, i, pairing)
@@ -233,7 +233,7 @@ def membership_keys(y, i, pairing):
 
 
 def visible(anchor_keys, keys):
-    """(A, M) whether k is in V(a). One rule serves every pairing: the groups are equal and the ids differ."""
+    """(A, M) whether k is in V(a). One rule holds for every pairing: the groups are equal and the ids differ."""
     return (anchor_keys[0, :, None] == keys[0]) & (anchor_keys[1, :, None] != keys[1])
 
 

@@ -95,12 +95,11 @@ def in_pieces(sums, width, *rows):
 def pair_sums(x, v, x_keys, v_keys, rho, epsilon=None, mixed=False):
     """The sums at the top of this file: pull, push and how many terms of each are above zero, (R,) each.
 
-    x: (R, D) and v: (N, D), rows of length 1. x_keys: (2, R) and v_keys: (2, N), integers. epsilon: the margin of mining,
-    or None. rho: a Rho, or any function of s that returns rho+ and rho-, none below zero; that one runs in PyTorch.
+    x: (R, D) and v: (N, D), rows of length 1. x_keys: (2, R) and v_keys: (2, N), integers. epsilon: the mining margin,
+    or None. rho: a Rho, or for PyTorch any function of s that returns rho+ and rho-, none below zero.
     Differentiable in x and v. Second derivatives exist in PyTorch only.
     """
-    fused = isinstance(rho, Rho) and use_triton(x, len(x) * len(v))
-    if fused:
+    if isinstance(rho, Rho) and use_triton(x, len(x) * len(v)):
         return triton_pair_sums(x, v, x_keys, v_keys, rho, epsilon, mixed)
     if x.dtype in (torch.float16, torch.bfloat16):
         x, v = x.float(), v.float()

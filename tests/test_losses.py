@@ -153,16 +153,6 @@ def test_clean_loss_equals_the_loop(name, z, y):
         assert_equal(metric(z, y), loop_clean(name, metric, z, y), z, *metric.parameters())
 
 
-def test_the_hardest_are_found_in_full_precision_under_autocast():
-    """Negatives nearer to each other than bfloat16 tells apart."""
-    y = torch.arange(40)
-    noise = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
-    z = torch.nn.functional.pad(torch.ones(40, 1), (0, 6)) + 0.003 * noise
-    expected = losses.hardest_bank(z, y, "anchor-negative")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, losses.hardest_bank(z, y, "anchor-negative"), expected))
-
-
 @pytest.mark.parametrize("name, pairing", CELLS)
 @pytest.mark.parametrize("bank", ["full", "hardest"])
 def test_mixed_loss_equals_the_loop(name, pairing, bank, z, y):
@@ -222,16 +212,6 @@ def test_the_hinge_and_the_miner_keep_some_pairs_and_drop_others():
     assert 0 < (s + 0.39 > lowest)[negative & (lowest < 2)].sum() < (negative & (lowest < 2)).sum()
 
 
-@pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
-def test_identical_and_opposite_embeddings_have_finite_gradients(name):
-    y = torch.tensor([0, 0, 1, 1])
-    for z in (torch.ones(4, D), torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]).expand(4, D)):
-        z, metric = z.clone().requires_grad_(), make(name).float()
-        loss = metric(z, y) + sum(metric.mixed_embed(z, y, 0.5, pairing) for pairing in losses.PAIRINGS)
-        loss.backward()
-        assert loss.isfinite() and z.grad.isfinite().all()
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -273,16 +253,8 @@ def test_losses_ignore_autocast_and_low_precision(name):
     assert value.dtype == torch.float32 and value == expected
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
-def test_labels_of_any_integer_type_are_the_same(kind, z, y):
-    for name, pairing in CELLS:
-        metric = make(name)
-        for loss in (lambda y: metric(z, y), lambda y: metric.mixed_embed(z, y, LAM, pairing)):
-            assert torch.equal(loss(y), loss(y.to(kind)))
-
-
-@pytest.mark.parametrize("kind", [list, np.array, torch.IntTensor])
-def test_labels_may_be_a_list_or_an_array(kind):
+@pytest.mark.parametrize("kind", [list, np.array, torch.IntTensor, torch.ByteTensor])
+def test_labels_may_be_a_list_an_array_or_any_integers(kind):
     y, z = LABELS["balanced"], embeddings(6)
     for name, pairing in CELLS:
         metric, tensor = make(name), torch.tensor(y)
@@ -314,16 +286,17 @@ def test_triplets_in_pieces_equal_the_whole(name, pairing, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
-def test_nearly_opposite_embeddings_mix_to_bounded_similarities(name):
-    """Half of one and half of the other is mostly rounding error, which must not blow up."""
-    z = torch.nn.functional.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    noise = 1e-4 * torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    z = (torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])[:, None] * z + noise).requires_grad_()
-    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+@pytest.mark.parametrize("noise", [0, 1e-4])
+def test_identical_and_opposite_embeddings_give_bounded_losses_and_gradients(name, noise):
+    """Half of one and half of its opposite is mostly rounding error, which must not blow up."""
+    torch.manual_seed(0)
+    y, direction = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.randn(64)
     metric = losses.ProxyAnchor(2, 64) if name == "proxyanchor" else make(name)
-    loss = metric.mixed_embed(z, y, 0.5, "positive-negative")
-    loss.backward()
-    assert 0 <= loss < 80 and z.grad.isfinite().all()
+    for sign in (torch.ones(8), torch.tensor([1, 1, 1, 1, -1, -1, -1, -1]), torch.tensor([1, -1, 1, -1, 1, -1, 1, -1])):
+        z = (sign[:, None] * direction + noise * torch.randn(8, 64)).requires_grad_()
+        loss = metric(z, y) + sum(metric.mixed_embed(z, y, 0.5, pairing) for pairing in losses.PAIRINGS)
+        loss.backward()
+        assert 0 <= loss < 200 and z.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["contrastive", "multisimilarity", "proxyanchor"])
