@@ -3,16 +3,15 @@
     load(dataset, root)   -> Splits(train, test) or RetrievalSplits(train, query, gallery)
     train_loader(...)     random resized crop + flip, shuffled or class-balanced batches
     test_loader(...)      resize + centre crop, in order
-    normalize(images)     uint8 batches from the loaders -> float32, on the images' device
 
 cub, cars, sop and inshop are read from their own lists. `toy` is generated on first use. `folder` is any tree of
-images. Every directory that directly holds images is a class. Two layouts work:
+images. Every directory that directly holds images is a class. Training and test classes never overlap:
 
     ROOT/train/../CLASS/IMAGE and ROOT/test/../CLASS/IMAGE
     ROOT/../CLASS/IMAGE    the first half of the sorted classes trains, the second half tests
 
-Training and test classes never overlap. Batches are seeded by (seed, epoch) and each image carries its own
-augmentation seed, so the number of workers does not matter. Bad input raises ValueError or OSError with one line.
+Batches are seeded by (seed, epoch) and each image carries its own augmentation seed, so the number of workers does
+not matter. Bad input raises ValueError or OSError with one line.
 """
 
 import collections
@@ -23,7 +22,6 @@ import re
 import tempfile
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +32,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of images that it reads all t
 IMAGE_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 HIDDEN = (".", "@eaDir", "lost+found")  # names that begin like this are not looked at
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGENET = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[:, :, None, None]
+IMAGENET = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[:, :, None, None]  # mean, deviation
 
 
 class UnreadableImage(OSError):
@@ -51,44 +48,34 @@ class Split:
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, index):
-        """A slice of the images, as a split with the same classes."""
-        return Split(self.paths[index], self.labels[index], self.classes)
+    def __getitem__(self, part):  # a slice
+        return Split(self.paths[part], self.labels[part], self.classes)
 
 
-class Splits(NamedTuple):
-    train: Split
-    test: Split
-
-
-class RetrievalSplits(NamedTuple):
-    train: Split
-    query: Split
-    gallery: Split  # same classes as query
+Splits = collections.namedtuple("Splits", "train test")
+RetrievalSplits = collections.namedtuple("RetrievalSplits", "train query gallery")  # query and gallery: same classes
 
 
 def load(dataset, root, validation=False):
-    """Splits, or RetrievalSplits if the queries search a separate gallery.
-
-    validation: train on half of the training classes and test on the others, to choose hyperparameters.
-    """
-    splits = DATASETS[dataset](root)
+    """Splits or RetrievalSplits. validation: train on half of the training classes and test on the others."""
+    images = DATASETS[dataset](root)  # Splits or RetrievalSplits of [(class, path), ..]
     if validation:
-        splits = split_classes(splits.train, len(splits.train.classes) // 2)
-    train, query, gallery = splits.train, splits[1], splits[-1]
-    classes = set(train.classes), set(query.classes + gallery.classes)
-    names = [set(map(os.path.basename, group)) for group in classes]
-    same = names[0] == names[1] and len(names[0]) > 1  # fold1/a, fold1/b and fold2/a, fold2/b
-    if shared := sorted(names[0] if same else classes[0] & classes[1]):
+        images = split_classes(images.train)
+    test = [image for part in images[1:] for image in part]
+    splits = type(images)(make_split(images.train, images.train), *(make_split(part, test) for part in images[1:]))
+    classes = [set(split.classes) for split in splits[:2]]
+    names = [{os.path.basename(name) for name in group} for group in classes]
+    folds = names[0] == names[1] and len(names[0]) > 1  # such as fold1/a, fold1/b and fold2/a, fold2/b
+    if shared := sorted(names[0] if folds else classes[0] & classes[1]):
         found = f"{len(shared)} class(es) in both training and test, such as {', '.join(shared[:3])}"
         raise ValueError(f"{root}: {found}; tests need unseen classes, so keep each class in one of them")
     if shared := sorted(names[0] & names[1]):
         found = f"{len(shared)} class name(s) in both training and test, such as {shared[0]}"
-        say(f"{found}; they count as different classes, because they are in different directories")
+        print(f"{found}; they count as different classes, because they are in different directories")
     for name, split in splits._asdict().items():
         if len(split.classes) < 2:
             raise ValueError(f"{root}: {len(split.classes)} class(es) in the {name} split, at least 2 are needed")
-    if queries_without_match(splits) == len(query):
+    if queries_without_match(splits) == len(splits[1]):
         raise ValueError(f"{root}: no query has another image of its class to find; add images to the test classes")
     for path in (path for split in splits for path in split.paths):
         if not os.path.isfile(path):
@@ -99,9 +86,8 @@ def load(dataset, root, validation=False):
 def queries_without_match(splits):
     """The number of queries with no match in the gallery."""
     query, gallery = splits[1], splits[-1]
-    class_sizes = np.bincount(gallery.labels, minlength=len(query.classes))
-    self_match = 1 if query is gallery else 0
-    return int((class_sizes[query.labels] <= self_match).sum())
+    matches = np.bincount(gallery.labels, minlength=len(query.classes))[query.labels]
+    return int((matches == (1 if query is gallery else 0)).sum())  # 1: the query itself
 
 
 def sizes(splits):
@@ -110,23 +96,17 @@ def sizes(splits):
     return counts | {f"{name}_classes": len(split.classes) for name, split in splits._asdict().items()}
 
 
-def make_split(images, classes=None):
-    """A split from the (class, path) of each image. classes: those to keep, by default all in sorted order."""
-    classes = sorted({name for name, _ in images}) if classes is None else classes
-    label = {name: n for n, name in enumerate(classes)}
-    images = [(path, label[name]) for name, path in images if name in label]
-    return Split([path for path, _ in images], [label for _, label in images], [str(name) for name in classes])
+def make_split(images, others):
+    """A split from the (class, path) of each image, with the sorted classes of other images."""
+    label = {name: n for n, name in enumerate(sorted({name for name, _ in others}))}
+    return Split([path for _, path in images], [label[name] for name, _ in images], [str(name) for name in label])
 
 
-def split_classes(split, num_train):
-    """The first `num_train` classes train, the others test."""
-    images = [(split.classes[label], path) for path, label in zip(split.paths, split.labels)]
-    return Splits(make_split(images, split.classes[:num_train]), make_split(images, split.classes[num_train:]))
-
-
-def say(line):
-    if os.environ.get("RANK", "0") == "0":  # the first of torchrun's processes
-        print(line, flush=True)
+def split_classes(images, train=None):
+    """Images of the classes in `train`, by default the first half of the sorted classes, and the other images."""
+    classes = sorted({name for name, _ in images})
+    train = set(classes[: len(classes) // 2]) if train is None else train
+    return Splits(*([image for image in images if (image[0] in train) == chosen] for chosen in (True, False)))
 
 
 # ------------------------------------------------------------------------------------------- folders
@@ -135,27 +115,26 @@ SPLIT_WORD = re.compile("train(ing)?|test(ing)?|val(id(ation)?)?")
 
 
 def load_folder(root):
-    """The classes in ROOT/train and ROOT/test, or else the two halves of the sorted classes."""
+    """The images in ROOT/train and ROOT/test, or else the two halves of the sorted classes."""
     images = find_images(root)
-    split = make_split(images)
-    tops = {name.split("/")[0] for name in split.classes}
+    classes = {name for name, _ in images}
+    tops = {name.split("/")[0] for name in classes}
     if {"train", "test"} <= tops <= {"train", "test", "val", "valid", "validation", "."}:
         if others := sorted(tops - {"train", "test"}):
-            say(f"left out: images in {', '.join(others)}, beside train and test")
+            print(f"left out: images in {', '.join(others)}, beside train and test")
         train = [(name[len("train/") :] or ".", path) for name, path in images if name.startswith("train")]
         test = [(name[len("test/") :] or ".", path) for name, path in images if name.startswith("test")]
-        return Splits(make_split(train), make_split(test))
+        return Splits(train, test)
     # Train is named like a split. So are cars_train and cars_test, because only that word differs.
-    paths = sorted({path.as_posix() for name in split.classes for path in pathlib.PurePath(name, "image").parents})
+    paths = sorted({path.as_posix() for name in classes for path in pathlib.PurePath(name, "image").parents})
     keys = [SPLIT_WORD.sub("*", path.lower()) for path in paths]
     ends = [os.path.basename(key) for key in keys]
     found = [path for path, key, end in zip(paths, keys, ends) if end == "*" or ("*" in end and keys.count(key) > 1)]
-    if found:
-        found = ", ".join(found[:4])
+    if found := ", ".join(found[:4]):
         raise ValueError(f"{root}: found {found}; give a directory that holds train/ and test/ only, or classes only")
-    if len(split.classes) < 4:
-        raise ValueError(f"{root}: {len(split.classes)} class(es), at least 4 are needed, half to train, half to test")
-    return split_classes(split, len(split.classes) // 2)
+    if len(classes) < 4:
+        raise ValueError(f"{root}: {len(classes)} class(es), at least 4 are needed, half to train, half to test")
+    return split_classes(images)
 
 
 def find_images(root):
@@ -163,8 +142,7 @@ def find_images(root):
     images, left_out = [], collections.Counter()
     seen = set(pathlib.Path(root).resolve().parents)  # links may lead back, or above root
     for directory, subdirectories, files in os.walk(root, onerror=cannot_read, followlinks=True):
-        real = pathlib.Path(directory).resolve()
-        if real in seen:
+        if (real := pathlib.Path(directory).resolve()) in seen:
             subdirectories.clear()
             continue
         seen.add(real)
@@ -179,7 +157,7 @@ def find_images(root):
     if not images:
         raise ValueError(f"{root}: no images in it or below; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     if left_out:
-        say("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common()))
+        print("left out:", ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common()))
     return sorted(images)
 
 
@@ -210,54 +188,48 @@ def load_cub(root):
     rows = read_list(labels, image_id=int, class_id=int)
     if files.keys() != dict(rows).keys():
         raise ValueError(f"{labels}: does not list the same images as {names}; unpack CUB-200-2011 again")
-    split = make_split([(class_id, os.path.join(folder, files[image])) for image, class_id in rows])
-    return split_classes(split, sum(int(name) <= 100 for name in split.classes))
+    images = [(class_id, os.path.join(folder, files[image])) for image, class_id in rows]
+    return split_classes(images, train=range(1, 101))
 
 
 def load_cars(root):
     """Cars196: class ids 1 .. 98 train, 99 .. 196 test. The official sets share classes, so they are merged first."""
     what = "Cars196 (its images and the .mat lists with classes)"
     folder = first_existing(root, ("cars196", "stanford_cars", ""), ("car_ims", "cars_train"), what)
-    base, lists = os.path.dirname(folder), {"cars_annos.mat": ""}
+    base, lists, images = os.path.dirname(folder), {"cars_annos.mat": ""}, []
     if os.path.basename(folder) == "cars_train":
         lists = {"cars_train_annos.mat": "cars_train", "cars_test_annos_withlabels.mat": "cars_test"}
-    images = []
     for name, directory in lists.items():
         if os.path.isdir(os.path.join(base, directory, directory)):  # cars_train/cars_train in many copies
             directory = os.path.join(directory, directory)
-        for path, class_id in read_mat(first_existing(base, ("", "devkit", "car_devkit/devkit"), (name,), what)):
-            images.append((class_id, os.path.join(base, directory, path)))
-    split = make_split(images)
-    return split_classes(split, sum(int(name) <= 98 for name in split.classes))
+        rows = read_mat(first_existing(base, ("", "devkit", "car_devkit/devkit"), (name,), what))
+        images += [(class_id, os.path.join(base, directory, path)) for path, class_id in rows]
+    return split_classes(images, train=range(1, 99))
 
 
 def load_sop(root):
     """Stanford Online Products: a list for training, a list for testing."""
     train = first_existing(root, ("Stanford_Online_Products", ""), ("Ebay_train.txt",), "Stanford Online Products")
-    base, splits = os.path.dirname(train), []
+    base, images = os.path.dirname(train), []
     for file in (train, os.path.join(base, "Ebay_test.txt")):
         rows = read_list(file, header_lines=1, image_id=int, class_id=int, super_class_id=int, path=object)
-        splits.append(make_split([(class_id, os.path.join(base, path)) for _, class_id, _, path in rows]))
-    return Splits(*splits)
+        images.append([(class_id, os.path.join(base, path)) for _, class_id, _, path in rows])
+    return Splits(*images)
 
 
 def load_inshop(root):
     """DeepFashion In-Shop. Its list is at the top or in Eval/, its images in Img/img/ or img/."""
     directories = ("InShop_Clothes", "Inshop_Clothes", "In-shop Clothes Retrieval Benchmark", "")
-    lists = ("list_eval_partition.txt", os.path.join("Eval", "list_eval_partition.txt"))
+    lists = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
     file = first_existing(root, directories, lists, "In-Shop Clothes Retrieval (DeepFashion)")
-    base = os.path.dirname(file).removesuffix(os.sep + "Eval")
-    if os.path.isdir(os.path.join(base, "Img", "img")):
-        base = os.path.join(base, "Img")
-    rows = read_list(file, header_lines=2, image_name=object, item_id=object, evaluation_status=object)
-    train, query, gallery = (
-        [(item, os.path.join(base, path)) for path, item, status in rows if status == part]
-        for part in RetrievalSplits._fields
-    )
-    if len(train) + len(query) + len(gallery) != len(rows):
-        raise ValueError(f"{file}: every evaluation_status must be train, query or gallery; download the list again")
-    items = sorted({item for item, _ in query + gallery})
-    return RetrievalSplits(make_split(train), make_split(query, items), make_split(gallery, items))
+    base = os.path.dirname(file).removesuffix("/Eval")
+    base = os.path.join(base, "Img" if os.path.isdir(os.path.join(base, "Img/img")) else "")
+    images = RetrievalSplits([], [], [])
+    for path, item, status in read_list(file, 2, image_name=object, item_id=object, evaluation_status=object):
+        if status not in images._fields:
+            raise ValueError(f"{file}: every evaluation_status must be train, query or gallery; download it again")
+        getattr(images, status).append((item, os.path.join(base, path)))
+    return images
 
 
 def first_existing(root, directories, names, what):
@@ -310,7 +282,7 @@ def load_toy(root):
     """The generated set ROOT/toy-vN. It is written to a temporary directory, then renamed."""
     tree = os.path.join(root, f"toy-v{TOY_VERSION}")
     if not os.path.isdir(tree):
-        say(f"writing the toy data set to {tree}")
+        print(f"writing the toy data set to {tree}", flush=True)
         os.makedirs(root, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"toy-v{TOY_VERSION}.unfinished-", dir=root) as unfinished:
             write_toy(os.path.join(unfinished, "toy"))
@@ -323,8 +295,7 @@ def write_toy(tree):
     """Creatures with a wavy outline and five spots. Classes of a family look alike; pose, colours and clutter vary."""
     rng = np.random.default_rng(TOY_VERSION)
     for label in range(TOY_CLASSES):
-        if label % TOY_FAMILY == 0:
-            family = _creature(rng)
+        family = family if label % TOY_FAMILY else _creature(rng)
         other = _creature(rng)
         creature = {trait: family[trait] + TOY_CONTRAST * (other[trait] - family[trait]) for trait in family}
         directory = os.path.join(tree, f"class{label:02d}")
@@ -361,18 +332,15 @@ def _photograph(creature, rng):
     scale, turn = size * rng.uniform(0.28, 0.38), rng.normal(0, 0.2)
     squeeze, centre = rng.uniform(0.8, 1.0), size / 2 + rng.uniform(-0.1, 0.1, 2) * size
     body, spots = creature["colours"] * rng.uniform(0.85, 1.15) + rng.normal(0, 10, (2, 3))  # brightness, then hue
-
-    def to_pixels(distance, angle):
-        x, y = distance * np.cos(angle + turn), squeeze * distance * np.sin(angle + turn)
-        return centre + scale * np.stack([x, y], -1)
-
     theta = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     waves = np.cos(np.outer(theta, np.arange(2, 7)) + creature["phase"]) @ creature["amplitude"]
-    draw.polygon([tuple(point) for point in to_pixels(1 + waves, theta)], fill=_colour(body))
-    for angle, distance, spot in zip(creature["angle"], creature["distance"], creature["size"]):
-        blob(to_pixels(distance, angle), scale * spot, spots)
+    distance = np.append(1 + waves, creature["distance"])  # of the outline and the spots
+    angle = np.append(theta, creature["angle"]) + turn
+    points = centre + scale * np.stack([distance * np.cos(angle), squeeze * distance * np.sin(angle)], -1)
+    draw.polygon(points[:120].ravel().tolist(), fill=_colour(body))
+    for point, radius in zip(points[120:], scale * creature["size"]):
+        blob(point, radius, spots)
     clutter(2)
-
     pixels = np.asarray(image.resize((TOY_SIZE, TOY_SIZE), Image.BOX)) + rng.normal(0, 8, (TOY_SIZE, TOY_SIZE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -391,17 +359,14 @@ class TrainBatches:
     """Batches of (index, seed). Set .epoch before each pass.
 
     images_per_class = 0: all images in random order. The incomplete last batch is dropped.
-    images_per_class > 0: batch_size / images_per_class random classes with this many images each. Images are repeated
-    only if their class has too few. An epoch has as many batches as with 0.
+    images_per_class > 0: as many batches of random classes, with this many images each, repeated if a class has fewer.
     shard: the slice of each batch to yield, one per process.
     """
 
     def __init__(self, labels, batch_size, images_per_class, seed, shard=slice(None)):
         self.batch_size, self.images_per_class, self.shard = batch_size, images_per_class, shard
-        self.seed, self.epoch = seed, 0
-        labels = np.asarray(labels)
+        self.seed, self.epoch, self.num_images = seed, 0, len(labels)
         self.members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
-        self.num_images = len(labels)
         if batch_size > len(labels):
             raise ValueError(f"--batch-size {batch_size} is more than the {len(labels)} training images")
         if images_per_class and batch_size > images_per_class * len(self.members):
@@ -418,59 +383,52 @@ class TrainBatches:
             yield list(zip(batch.tolist(), seeds.tolist()))[self.shard]
 
     def shuffled(self, rng):
-        order = rng.permutation(self.num_images)
-        yield from order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
+        yield from np.split(rng.permutation(self.num_images)[: len(self) * self.batch_size], len(self))
 
     def balanced(self, rng):
-        classes_per_batch = self.batch_size // self.images_per_class
+        count, num_classes = self.images_per_class, self.batch_size // self.images_per_class
         remaining = []  # classes not yet drawn in this round
         for _ in range(len(self)):
-            if len(remaining) < classes_per_batch:
-                remaining = rng.permutation(len(self.members)).tolist()
-            chosen, remaining = remaining[:classes_per_batch], remaining[classes_per_batch:]
-            count, batch = self.images_per_class, [self.members[c] for c in chosen]
-            yield np.concatenate([rng.choice(m, count, replace=len(m) < count) for m in batch])
+            if len(remaining) < num_classes:
+                remaining = [self.members[c] for c in rng.permutation(len(self.members))]
+            chosen, remaining = remaining[:num_classes], remaining[num_classes:]
+            yield np.concatenate([rng.choice(images, count, replace=len(images) < count) for images in chosen])
 
 
 def train_loader(split, batches, image_size, min_crop, num_workers):
     """(images, labels) of each of the TrainBatches, augmented: uint8 (B, 3, size, size), int64 (B,)."""
-    crop = transforms.RandomResizedCrop(image_size, scale=(min_crop, 1))
-    return _loader(split, [crop, transforms.RandomHorizontalFlip()], batches, num_workers)
+    steps = transforms.RandomResizedCrop(image_size, scale=(min_crop, 1)), transforms.RandomHorizontalFlip()
+    return _loader(split, steps, batches, num_workers)
 
 
 def test_loader(split, batch_size, image_size, num_workers):
     """(images, labels) of a whole split in order: uint8 (B, 3, size, size), int64 (B,)."""
     batches = torch.utils.data.BatchSampler([(index, 0) for index in range(len(split))], batch_size, drop_last=False)
-    resize = transforms.Resize(round(image_size * 256 / 224))
-    return _loader(split, [resize, transforms.CenterCrop(image_size)], batches, num_workers)
+    steps = transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)
+    return _loader(split, steps, batches, num_workers)
 
 
 def _loader(split, steps, batches, num_workers):
-    return torch.utils.data.DataLoader(
-        Images(split, transforms.Compose([*steps, transforms.PILToTensor()])),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+    images = Images(split, transforms.Compose([*steps, transforms.PILToTensor()]))
+    options = dict(persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available())
+    return torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=num_workers, **options)
 
 
 class Images(torch.utils.data.Dataset):
     """(uint8 image (3, size, size), label) of an item (index, augmentation seed)."""
 
     def __init__(self, split, transform):
-        self.split, self.transform = split, transform
-        self.decoded = {}  # a cache of small images, which makes toy 3x faster
+        self.split, self.transform, self.decoded = split, transform, {}  # a cache makes toy 3x faster
 
     def __getitem__(self, item):
         index, seed = item
-        path, image = self.split.paths[index], self.decoded.get(index)
-        with naming(path):
-            if image is None:
-                image = open_image(path)
-            if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 200 MB per worker
-                self.decoded[index] = image
-            torch.default_generator.manual_seed(seed)  # safe: nothing else uses this generator during training
+        image = self.decoded.get(index)
+        if image is None:
+            image = open_image(self.split.paths[index])
+        if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 200 MB per worker
+            self.decoded[index] = image
+        torch.default_generator.manual_seed(seed)  # safe: nothing else uses this generator during training
+        with naming(self.split.paths[index]):
             return self.transform(image), self.split.labels[index]
 
 
@@ -479,11 +437,9 @@ def naming(path):
     """Any error becomes an UnreadableImage that names the file, because Pillow raises errors of many types."""
     try:
         yield
-    except UnreadableImage:
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # from the operating system
-            raise UnreadableImage(f"{path}: cannot be read ({error.strerror.lower()})") from None
+        if reason := getattr(error, "strerror", None):  # from the operating system
+            raise UnreadableImage(f"{path}: cannot be read ({reason.lower()})") from None
         reason = f"{type(error).__name__}: {error}".replace(f" {path!r}", "").splitlines()[0].rstrip(": ")
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
 
