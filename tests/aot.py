@@ -48,9 +48,8 @@ def record(chip):
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     divisible.append(parameter.name)
         types |= dict.fromkeys(constants, "constexpr")
-        file = kernel.fn.__module__.split(".")[-1]
-        row = dict(file=file, kernel=kernel.__name__, grid=[int(n) for n in grid], types=types, constants=constants)
-        found.append(row | dict(options=options, divisible=divisible))
+        row = dict(file=kernel.fn.__module__.split(".")[-1], kernel=kernel.__name__, grid=[int(n) for n in grid])
+        found.append(row | dict(types=types, constants=constants, options=options, divisible=divisible))
 
     for file in (pairwise, mix_pool, recall):
         file.launch, file.use_triton = launch, lambda *_: True
@@ -100,24 +99,21 @@ def compile_for(launch, chip):
         {place[name]: [["tt.divisibility", 16]] for name in launch["divisible"]},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(launch["options"]))
-    tools = pathlib.Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, code = (
-            subprocess.run([*tool, cubin.name], capture_output=True, text=True, check=True).stdout
-            for tool in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
-        )
-    warps = launch["options"]["num_warps"]
+        cuobjdump = pathlib.Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        command = [cuobjdump, "--dump-resource-usage", "--dump-sass", cubin.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return launch | dict(
         chip=chip,
         triton=triton.__version__,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        spilled=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=int(re.search(r"REG:(\d+)", code)[1]),
+        spilled=int(re.search(r"STACK:(\d+)", code)[1]),
         shared=compiled.metadata.shared,
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
         tensor_cores=sorted(set(re.findall(r"\bHGMMA\.\w+|\bHMMA\.\w+|\bUTC\w*MMA", code))),
-        multiplications=multiplications(code, warps),
+        multiplications=multiplications(code, launch["options"]["num_warps"]),
     )
 
 

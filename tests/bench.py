@@ -2,18 +2,16 @@
 
     ./run.sh bench [mix_pool|step|recall|pairwise|mixed|all] [--sizes 100,2048] [--json FILE] [--deadline SECONDS]
 
-Before an implementation is timed, its result is compared with that of plain PyTorch. Then all take turns on rotating
-inputs. A cell shows the median time, its ratio to the first column, and the peak memory beyond the inputs. Losses and
-pooling run forward and backward. "ours" is what the program picks. "torch" and "triton" are its two backends. A cell of
-an implementation that failed says why. A rate is the least work that the problem needs, divided by the time of ours.
-Its ceiling is the rate of a large product or copy, measured in the same run.
+Before an implementation is timed, its result is compared with that of plain PyTorch. Losses and pooling run forward and
+backward. A cell shows the median time, its ratio to the first column, and the peak memory beyond the inputs; or why the
+implementation failed. "ours" is what the program picks, "torch" and "triton" are its two backends. A rate is the least
+work that the problem needs, divided by the time of ours. Its ceiling is the rate of a large product or copy.
 """
 
 import argparse
 import importlib.metadata
 import itertools
 import json
-import logging
 import math
 import platform
 import re
@@ -47,34 +45,31 @@ BF16 = 0.1  # allowed relative error in bfloat16, whose rounding moves maxima an
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def measure(case, given):
+def measure(functions, inputs, parameters, tolerance, given):
     """{implementation: {"ms", "mib", "repetitions"} or {"failed": why}}."""
-    results = {name: dict(failed="left out at the deadline") for name in case["functions"]}
-    times, expected = {name: [] for name in results}, None
-    reference_first = sorted(results, key=lambda name: name != "torch")
+    results = {name: dict(failed="left out at the deadline") for name in functions}
+    times, expected = {name: [] for name in functions}, None
+    reference_first = sorted(functions, key=lambda name: name != "torch")
     for turn, name in itertools.product(range(REPETITIONS), reference_first):
-        if late(given) or sum(times[name]) > SECONDS or (turn > 0 and "failed" in results[name]):
+        late = time.perf_counter() - START > given.deadline
+        if late or sum(times[name]) > SECONDS or (turn > 0 and "failed" in results[name]):
             continue
-        run = lambda: call(case["functions"][name], case["inputs"][turn % INPUTS], case.get("parameters"))
+        run = lambda: call(functions[name], inputs[turn % INPUTS], parameters)
         clock = lambda: times[name].append(seconds(run, given.device))
         try:
             if turn == 0:
                 tensors = run()  # the first call also compiles
                 expected = expected or tensors
-                check(tensors, expected, BF16 if "bf16" in name else case["tolerance"])
+                check(tensors, expected, BF16 if "bf16" in name else tolerance)
                 results[name] = dict(mib=peak_mib(clock, given.device))
             else:
                 clock()
             results[name] |= dict(ms=1000 * statistics.median(times[name]), repetitions=len(times[name]))
         except Exception as error:  # the other implementations go on
-            results[name] = dict(failed=last_line(error))
-        except KeyboardInterrupt:  # nothing goes on, but the table and the JSON are finished
+            results[name] = failure(error)
+        except KeyboardInterrupt:  # nothing else starts, but the table and the JSON are finished
             results[name], given.deadline = dict(failed="interrupted"), 0
     return results
-
-
-def late(given):
-    return time.perf_counter() - START > given.deadline
 
 
 def call(function, inputs, parameters):
@@ -93,31 +88,24 @@ def check(tensors, expected, tolerance):
             raise ArithmeticError(f"wrong by {error:.1g}")
 
 
-def last_line(error):
-    """The last line of an error's message, without PyTorch's advice on debugging."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "TORCH" not in line]
-    return ": ".join([type(error).__name__, *lines[-1:]])
+def failure(error):
+    # A line that names a variable like TORCH_LOGS is advice.
+    lines = [line for line in str(error).splitlines() if line.strip() and "TORCH" not in line]
+    return dict(failed=": ".join([type(error).__name__, *lines[-1:]]))
 
 
 def seconds(run, device):
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
     run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    synchronize()
+    return time.perf_counter() - start
 
 
 def peak_mib(run, device):
     """MiB that a call needs beyond what is allocated before it. None where the system does not say."""
     if device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
@@ -137,11 +125,10 @@ def ceilings(device):
     """GB/s of a large copy, TFLOP/s of a large product."""
     length, side = (2**26, 8192) if device == "cuda" else (2**24, 2048)
     (source, target), (a, b) = torch.randn(2, length, device=device), torch.randn(2, side, side, device=device)
-    runs = {"GB/s": (lambda: target.copy_(source), 8e-9 * length)}
-    runs["TFLOP/s"] = lambda: kernels.product(a, b), 2e-12 * side**3
+    half, work = a.bfloat16(), 2e-12 * side**3
+    runs = {"GB/s": (lambda: target.copy_(source), 8e-9 * length), "TFLOP/s": (lambda: kernels.product(a, b), work)}
     if device == "cuda":
-        half_a, half_b = a.bfloat16(), b.bfloat16()
-        runs["bf16 TFLOP/s"] = lambda: half_a @ half_b, 2e-12 * side**3
+        runs["bf16 TFLOP/s"] = lambda: half @ half, work
     return {unit: work / min(seconds(run, device) for _ in range(7)) for unit, (run, work) in runs.items()}
 
 
@@ -155,14 +142,17 @@ def random_clusters(B, per_class, device):
     return [(F.normalize(c[y] + 3 * torch.randn(B, D, device=device), dim=1), y) for c in centres]
 
 
-def with_backend(function, backend):
-    return mock.patch.object(kernels, "backend", backend)(lambda *inputs: function(*inputs))
+def patched(function, module, name, value):
+    """The function with another value of module.name during its calls."""
+    return mock.patch.object(module, name, value)(lambda *inputs: function(*inputs))
 
 
 def ours(function, device, title="{}"):
     """{implementation: function}: as the program picks, and on a GPU also with both backends."""
-    backends = ("torch", "triton") if device == "cuda" else ()
-    return {title.format("ours"): function} | {title.format(b): with_backend(function, b) for b in backends}
+    functions = {title.format("ours"): function}
+    for backend in ("torch", "triton") if device == "cuda" else ():
+        functions[title.format(backend)] = patched(function, kernels, "backend", backend)
+    return functions
 
 
 def mix_pool_case(device, B, _):
@@ -179,7 +169,7 @@ def mix_pool_case(device, B, _):
     functions |= {"whole maps": whole_maps, "torch.compile": torch.compile(whole_maps, dynamic=False)}
     title, size = f"{B} maps of {C} x {side} x {side}, {len(i):,} pairs", dtype.itemsize
     work = 2 * size * maps[0].numel() + (2 * size + 3) * len(i) * C  # bytes of maps, pooled maps and argmax
-    return dict(title=title, inputs=inputs, functions=functions, parameters=[], tolerance=tolerance, work=work)
+    return title, functions, inputs, [], tolerance, work
 
 
 def step_case(device, B, loss):
@@ -204,11 +194,16 @@ def step_case(device, B, loss):
         return step
 
     title = f"{loss}, {net} at {pixels} px in {precision}, B={B:,}"
-    return dict(title=title, inputs=inputs, functions={mode: training_step(mode) for mode in metrix.MODES}, tolerance=0)
+    return title, {mode: training_step(mode) for mode in metrix.MODES}, inputs, None, 0, 0
 
 
 def recall_case(device, N, _):
     ks, most = (1, 10, 100, 1000), min(1001, N)
+
+    def recall(nearest, y):  # nearest: (N, most), the query itself included
+        others = nearest != torch.arange(N, device=device)[:, None]
+        right, place = others & (y[nearest] == y[:, None]), others.cumsum(1)
+        return [torch.stack([(right & (place <= k)).any(1).double().mean() for k in ks])]
 
     def by_topk(z, y):
         return recall(torch.cat([(rows @ z.T).topk(most, dim=1).indices for rows in z.split(1024)]), y)
@@ -222,31 +217,17 @@ def recall_case(device, N, _):
         index.add(z)
         return recall(torch.from_numpy(index.search(z, most)[1]).to(device), y)
 
-    def recall(nearest, y):  # nearest: (N, most), the query itself included
-        others = nearest != torch.arange(N, device=device)[:, None]
-        right, place = others & (y[nearest] == y[:, None]), others.cumsum(1)
-        return [torch.stack([(right & (place <= k)).any(1).double().mean() for k in ks])]
-
     functions = ours(lambda *zy: [torch.tensor([*eval.recall_at_k(*zy, ks=ks).values()], device=device)], device)
     # The results of these two are not comparable with recall: time only.
     functions["ours, 10 nearest"] = lambda z, y: top_k(z, k=10, exclude_self=True) and None
     functions["ours, MAP@R"] = lambda z, y: eval.map_at_r(z, y) and None
     functions |= {"chunked topk": by_topk, "faiss, exact": by_faiss}
-    title, inputs = f"recall@1..1000, N={N:,}", random_clusters(N, 5, device)
-    return dict(title=title, inputs=inputs, functions=functions, tolerance=2e-3, work=N * N * D)
+    return f"recall@1..1000, N={N:,}", functions, random_clusters(N, 5, device), None, 2e-3, N * N * D
 
 
 def pairwise_case(device, B, loss):
-    inputs, metric = random_clusters(B, 4, device), metrix.LOSSES[loss](B // 4 + 1, D).to(device)
-    compiled = torch.compile(metric, dynamic=False)
-
-    @mock.patch.object(pairwise, "similarities", lambda a, b: a @ b.T)  # without the guard, which does not compile
-    def by_compiled(z, y):
-        return compiled(z, y)
-
-    @mock.patch.object(losses, "pair_sums", lambda x, v, *rest: pairwise.pair_sums(x.bfloat16(), v.bfloat16(), *rest))
-    def in_bf16(z, y):
-        return metric(z, y)
+    metric = metrix.LOSSES[loss](B // 4 + 1, D).to(device)
+    parameters = [*metric.parameters()]
 
     def by_library(z, y):
         from pytorch_metric_learning import losses, miners
@@ -262,18 +243,19 @@ def pairwise_case(device, B, loss):
 
     functions = ours(metric, device)
     if device == "cuda":
-        functions["triton, bf16"] = with_backend(in_bf16, "triton")
+        in_bf16 = lambda x, v, *rest: pairwise.pair_sums(x.bfloat16(), v.bfloat16(), *rest)
+        functions["triton, bf16"] = patched(functions["triton"], losses, "pair_sums", in_bf16)
     if B * B <= pairwise.PIECE:  # above, plain PyTorch works in pieces
-        functions["torch.compile"] = by_compiled
+        compiled, unguarded = torch.compile(metric, dynamic=False), lambda a, b: a @ b.T  # the guard does not compile
+        functions["torch.compile"] = patched(compiled, pairwise, "similarities", unguarded)
     functions["pytorch-metric-learning"] = by_library
-    title, parameters = f"{loss}, B={B:,}", [*metric.parameters()]
-    work = 2 * D * B * (3 * len(parameters[0]) if parameters else 2 * B)  # similarities, gradients of z, of proxies
-    return dict(title=title, inputs=inputs, functions=functions, parameters=parameters, tolerance=1e-3, work=work)
+    work = 2 * D * B * (3 * len(metric.proxies) if parameters else 2 * B)  # similarities, gradients of z, of proxies
+    return f"{loss}, B={B:,}", functions, random_clusters(B, 4, device), parameters, 1e-3, work
 
 
 def mixed_case(device, B, loss):
     """All mixes of two embeddings: from their similarities (embed mode), and built first (as in feature mode)."""
-    inputs, metric = random_clusters(B, 5, device), metrix.LOSSES[loss](B // 5 + 1, D).to(device)
+    metric = metrix.LOSSES[loss](B // 5 + 1, D).to(device)
     pairing = metric.pairings[0]
 
     def bank_built(z, y):
@@ -282,8 +264,7 @@ def mixed_case(device, B, loss):
 
     functions = {"ours": lambda z, y: metric.mixed_embed(z, y, LAM, pairing)}
     functions |= ours(bank_built, device, "bank built, {}")
-    title, parameters = f"{loss}, B={B:,}", [*metric.parameters()]
-    return dict(title=title, inputs=inputs, functions=functions, parameters=parameters, tolerance=1e-3)
+    return f"{loss}, B={B:,}", functions, random_clusters(B, 5, device), [*metric.parameters()], 1e-3, 0
 
 
 CASES = {  # kernel: how a case is built, its losses, sizes on a CPU and on a GPU, unit of the rate
@@ -298,7 +279,8 @@ CASES = {  # kernel: how a case is built, its losses, sizes on a CPU and on a GP
 
 
 def machine(device):
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    info = Path("/proc/cpuinfo")  # Linux only
+    cpu = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
     cpu = f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads"
     packages = ("torch", "triton", "faiss-cpu", "faiss-gpu", "pytorch-metric-learning")
     versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in packages}
@@ -307,32 +289,36 @@ def machine(device):
 
 
 def digits(x):
-    return "?" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    return "?" if x is None or math.isnan(x) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def show(row, ceiling, header):
     """Print a row of a Markdown table, after a header if its columns are new. Returns the header."""
-    first, unit = next(iter(row["results"].values())).get("ms"), row["unit"]
+    first, unit = next(iter(row["results"].values())).get("ms", math.nan), row["unit"]
     cells = {row["kernel"]: row["case"]}
     for name, result in row["results"].items():
-        if "failed" in result:
-            cells[name] = result["failed"].replace("|", "/")
-        else:
-            ratio = f" ({digits(result['ms'] / first)} x)" if first else ""
-            cells[name] = f"{digits(result['ms'])} ms{ratio}, {digits(result['mib'])} MiB"
+        cells[name] = result.get("failed", "").replace("|", "/")
+        if "ms" in result:
+            cells[name] = f"{digits(result['ms'])} ms ({digits(result['ms'] / first)} x), {digits(result['mib'])} MiB"
     if unit:
-        rate = row["work"] / (first or math.nan) / {"GB/s": 1e6, "TFLOP/s": 1e9}[unit]
-        cells["rate, share of the ceiling"] = f"{digits(rate)} {unit}, {rate / ceiling[unit]:.0%}" if first else ""
-    titles = [[], [*cells], ["---", *["---:"] * (len(cells) - 1)]] if [*cells] != header else []
-    for line in [*titles, cells.values()]:
-        print(*(f"| {cell:{width}}" for cell, width in zip(line, [48] + [30] * 99)), "|" * bool(line), flush=True)
+        rate = row["work"] / first / {"GB/s": 1e6, "TFLOP/s": 1e9}[unit]
+        cells["rate, share of the ceiling"] = f"{digits(rate)} {unit}, {digits(100 * rate / ceiling[unit])}%"
+    columns = "| {:44} |" + " {:30} |" * (len(cells) - 1)
+    if [*cells] != header:
+        print("\n" + columns.format(*cells))
+        print(columns.format("---", *["---:"] * len(cells)))
+    print(columns.format(*cells.values()), flush=True)
     return [*cells]
+
+
+def numbers(text):
+    return [int(number) for number in text.split(",")]
 
 
 def parse(arguments):
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    parser = argparse.ArgumentParser("bench", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    style = dict(usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("bench", description=__doc__, allow_abbrev=False, **style)
     parser.add_argument("what", nargs="?", default="all", choices=(*CASES, "all"))
     parser.add_argument("--sizes", type=numbers, help="batch sizes, or numbers of embeddings for recall: 100,2048")
     parser.add_argument("--json", type=Path, help="file for the results, written after every row")
@@ -344,13 +330,8 @@ def parse(arguments):
     return given
 
 
-def numbers(text):
-    return [int(number) for number in text.split(",")]
-
-
 def main(arguments=None):
     given = parse(arguments)
-    torch._logging.set_logs(all=logging.ERROR)  # torch.compile warns of every graph break
     result = dict(machine=machine(given.device), ceilings=ceilings(given.device), rows=[])
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     print("ceilings: " + ", ".join(f"{digits(rate)} {unit}" for unit, rate in result["ceilings"].items()))
@@ -362,16 +343,14 @@ def main(arguments=None):
             torch.compiler.reset()  # a function is compiled for at most eight sizes
             row = dict(kernel=kernel, case=f"{loss} {size}", size=size, unit=unit, work=0)
             try:
-                case = build(given.device, size, loss)
-                row |= dict(case=case["title"], work=case.get("work", 0), results=measure(case, given))
+                row["case"], *case, row["work"] = build(given.device, size, loss)
+                row["results"] = measure(*case, given)
             except Exception as error:  # inputs that do not fit
-                row["results"] = dict(ours=dict(failed=last_line(error)))
+                row["results"] = dict(ours=failure(error))
             header = show(row, result["ceilings"], header)
             result["rows"].append(row)
             if given.json:
-                temporary = given.json.with_suffix(".tmp")
-                temporary.write_text(json.dumps(result, indent=1))
-                temporary.replace(given.json)  # a run that is killed leaves a whole file
+                given.json.write_text(json.dumps(result, indent=1))
     print("\n" + json.dumps(result | dict(seconds=round(time.perf_counter() - START))))
 
 
