@@ -5,13 +5,10 @@
     embed(pooled)      (B, C)       -> (B, D)            linear layer, then unit length
 
 The blocks are the bottlenecks of He et al. 2016, with the stride in the 3x3 convolution ("v1.5"). Names and shapes are
-torchvision's, so weights load in both directions.
-
-Where the statistics mu and sigma are frozen, batch norm is folded into the convolution before it:
+torchvision's, so weights load in both directions. Batch norm with frozen statistics is folded into the convolution
+before it, which saves a pass over the activations and a tensor:
 
     bn(conv(x; w)) = conv(x; w * gamma / sigma) + (beta - mu * gamma / sigma)
-
-The result is the same, with one pass over the activations and one saved tensor less.
 """
 
 import contextlib
@@ -79,11 +76,9 @@ class ResNet(nn.Module):
                 channels = width * 2**stage * EXPANSION
             self.add_module(self.layers[stage], layer)
         self.embedding = nn.Linear(channels, embedding_size)
-
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.kaiming_normal_(self.embedding.weight, mode="fan_out")
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
         nn.init.zeros_(self.embedding.bias)
         self.train_trunk(True)
         self.train()
@@ -107,22 +102,18 @@ class ResNet(nn.Module):
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
     def norms(self):
-        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # or SyncBN
+        kind = nn.modules.batchnorm._BatchNorm  # or SyncBatchNorm
+        return nn.ModuleList([module for module in self.modules() if isinstance(module, kind)])
 
     def train_trunk(self, on):
         """Freeze or unfreeze everything below the embedding layer."""
-        for name, parameter in self.named_parameters():
-            if not name.startswith("embedding."):
-                parameter.requires_grad_(on)
-        if self.bn == "frozen":
-            for norm in self.norms():
-                norm.requires_grad_(False)
+        self.requires_grad_(on)
+        self.embedding.requires_grad_(True)
+        self.norms().requires_grad_(on and self.bn != "frozen")
 
     def train(self, mode=True):
         super().train(mode)
-        if self.bn != "train":
-            for norm in self.norms():
-                norm.eval()  # its statistics stay frozen in training
+        self.norms().train(mode and self.bn == "train")  # otherwise the statistics stay frozen
         return self
 
 
@@ -138,14 +129,11 @@ def no_stats_update(model):
             norm.track_running_stats = True
 
 
-# ------------------------------------------------------------------------------------------- weights
-
-
 def load_weights(model, weights):
     """Fill a model in place from "imagenet" (torchvision's IMAGENET1K_V1) or a file; "none" leaves it as it is.
 
-    The tensors in a file may be nested in dicts, and any prefix may precede torchvision's names. Layers of other names,
-    such as `fc`, are left out. The model keeps its embedding layer if the file has none.
+    Nested dicts and a prefix may precede torchvision's names. Layers of other names, such as `fc`, are left out.
+    The model keeps its embedding layer if the file has none.
     """
     if weights == "none":
         return
@@ -154,20 +142,24 @@ def load_weights(model, weights):
     prefix = next((name.removesuffix(landmark) for name in tensors if name.endswith(landmark)), "")
     own = model.state_dict()
     layers = tuple({prefix + name.split(".")[0] + "." for name in own})
-    state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(layers)}
     others = [name for name in tensors if not name.startswith((*layers, prefix + "fc."))]
-    optional = ("num_batches_tracked", "embedding.weight", "embedding.bias")
-    state = {name: x for name, x in own.items() if name.endswith(optional)} | state
+    state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(layers)}
 
-    missing, unknown = [name for name in own if name not in state], [name for name in state if name not in own]
-    shapes = [(name, tuple(state[name].shape), tuple(x.shape)) for name, x in own.items() if name in state]
-    wrong = [f"{name} {shape}, not {expected}" for name, shape, expected in shapes if shape != expected]
-    if missing or unknown or wrong:
-        faults = some(missing, "tensors missing"), some(unknown + others, "unknown"), some(wrong, "of another shape")
+    optional = ("num_batches_tracked", "embedding.weight", "embedding.bias")
+    missing = [name for name in own if name not in state and not name.endswith(optional)]
+    unknown = [name for name in state if name not in own]
+    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if missing or unknown or reshaped:
+        shapes = [f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in reshaped]
+        faults = some(missing, "tensors missing"), some(unknown + others, "unknown"), some(shapes, "of another shape")
         raise ValueError(f"{weights} does not fit this net: {', '.join(faults)}; check --net and --embedding-size")
-    if prefix or others:
-        print(f"  {weights}: loads {prefix}*, leaves out {some(others, 'tensors')}")
-    model.load_state_dict(state)
+    if prefix not in ("", "model.") or not all(name.startswith(("metric.", "optimizer.")) for name in others):
+        print(f"  {weights}: loads {prefix}*, leaves out {some(others, 'tensors')}")  # a file of others
+    model.load_state_dict(own | state)
+
+
+def some(names, what):
+    return f"{len(names)} {what}" + f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" * bool(names)
 
 
 def named_tensors(value, name=""):
@@ -176,10 +168,6 @@ def named_tensors(value, name=""):
         return {name: value}
     items = value.items() if isinstance(value, dict) else ()
     return {path: x for key, inner in items for path, x in named_tensors(inner, f"{name}.{key}".lstrip(".")).items()}
-
-
-def some(names, what):
-    return f"{len(names)} {what}" + f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" * bool(names)
 
 
 class Stub(dict):
@@ -220,6 +208,5 @@ def imagenet_weights():
     try:
         return weights.get_state_dict(check_hash=True)
     except Exception as error:  # no network, another hash, or a damaged file from an earlier try
-        reason, place = str(error).partition("\n")[0], f"{torch.hub.get_dir()}/checkpoints"
-        remedy = f"put {weights.url} into {place}, or use --weights none"
-        raise OSError(f"no ImageNet weights ({reason}); {remedy}") from error
+        reason, hub = str(error).partition("\n")[0], f"{torch.hub.get_dir()}/checkpoints"
+        raise OSError(f"no ImageNet weights ({reason}); put {weights.url} into {hub}, or use --weights none") from error

@@ -44,25 +44,22 @@ missing = [name for name in sys.argv[1:] if not find_spec(name)]
 torch = next(iter(distributions(name="torch")), None)
 if torch and [int(number) for number in torch.version.split(".")[:2]] < [2, 11]: missing += ["torch 2.11 or newer"]
 print(", ".join(missing)); sys.exit(3 if missing else 0)'
-python=${PYTHON:-python3} code=0
+python=${PYTHON:-python3} venv=$here/.venv/bin/python code=0
 command -v "$python" > /dev/null || fail "$python: no such Python; set PYTHON=/path/to/python"
 missing=$("$python" -c "$find" $needed) || code=$?
-if [[ $code == 3 ]]; then
-    venv=$here/.venv/bin/python
-    if ! "$venv" -c "$find" $needed > /dev/null 2>&1; then
-        echo "Missing packages: $missing. Installing requirements.txt into $here/.venv (a few GB, a few minutes)."
-        "$python" -m venv "$here/.venv"
-        "$venv" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
-    fi
-    python=$venv
-elif [[ $code != 0 ]]; then exit "$code"; fi  # Python has said why
+[[ $code == 0 || $code == 3 ]] || exit "$code"  # Python has said why
+if [[ $code == 3 ]] && ! "$venv" -c "$find" $needed > /dev/null 2>&1; then
+    echo "Missing packages: $missing. Installing requirements.txt into $here/.venv (a few GB, a few minutes)."
+    "$python" -m venv "$here/.venv"
+    "$venv" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
+fi
+[[ $code == 0 ]] || python=$venv
 
 case ${1:-} in
     test)
-        marked="not slow"
-        if [[ ${2:-} == --slow ]]; then marked="slow"; shift; fi
         cd "$here"
-        exec "$python" -m pytest -q -m "$marked" tests "${@:2}" ;;
+        if [[ ${2:-} == --slow ]]; then exec "$python" -m pytest -q -m slow tests "${@:3}"; fi
+        exec "$python" -m pytest -q -m "not slow" tests "${@:2}" ;;
     bench) exec "$python" "$here/tests/bench.py" "${@:2}" ;;
 esac
 launch=("$python")

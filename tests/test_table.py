@@ -42,17 +42,17 @@ def test_values_are_means_over_seeds_and_gains_are_paired_by_seed(write_run, tab
     for seed, gain in enumerate((0.01, 0.02, 0.06)):
         names.append(write_run(f"f{seed}", "feature", seed, 0.5 + 0.1 * seed + gain, lr=0.2))
         names.append(write_run(f"b{seed}", "baseline", seed, 0.5 + 0.1 * seed))
-    lines, _ = table(*names, write_run("other", dataset="folder"), write_run("m", "embed", loss="multisimilarity"))
+    lines, _ = table(*names, write_run("other", dataset="folder"), write_run("m", loss="multisimilarity"))
     assert lines[0] == "**cub**, last epoch: net resnet50, epochs 60"
     assert lines[2].count("|") == lines[3].count("|") == 12 and lines[2].endswith("| published R@1, % |")
     assert lines[4] == "| contrastive | baseline | 3 | 60.0 ± 5.8 |  | 30.0 ± 2.9 |  | 0.100 | -1.000 | 0.300 | 64.7 |"
     feature = "| 4 | 69.8 ± 8.5 | +3.0 ± 1.5 | 34.9 ± 4.2 | +1.5 ± 0.8 | 0.150 | -1.000 | 0.300 | 67.4 |"
     assert lines[5] == "| contrastive | feature " + feature
-    assert lines[6] == "| multisimilarity | embed | 1 | 50.0 |  | 25.0 |  | 0.000 | -1.000 | 0.300 | 70.2 |"
-    assert lines[8:12:2] == ["Rows differ in lr:", "- lr 0.0001: contrastive baseline, multisimilarity embed"]
+    assert lines[6] == "| multisimilarity | baseline | 1 | 50.0 |  | 25.0 |  | 0.000 | -1.000 | 0.300 | 67.8 |"
+    assert lines[8:12:2] == ["Rows differ in lr:", "- lr 0.0001: contrastive baseline, multisimilarity baseline"]
     assert lines[11] == "- lr 0.2: contrastive feature"
     assert lines[13] == "**folder**, last epoch: net resnet50, epochs 60, lr 0.0001"
-    assert lines[15].endswith("| utilization |")
+    assert lines[15].endswith("| utilization |") and len(lines) == 20  # none of its rows differ
     rows = {(row["dataset"], row["loss"], row["mode"]): row for row in json.loads(lines[-1])["rows"]}
     assert len(rows) == 4 and rows["cub", "contrastive", "feature"]["seeds"] == [0, 1, 2, 3]
     assert rows["cub", "contrastive", "feature"]["values"]["recall_at_1"] == pytest.approx([0.51, 0.62, 0.76, 0.9])
@@ -63,7 +63,6 @@ def test_values_are_means_over_seeds_and_gains_are_paired_by_seed(write_run, tab
     "one, two, message",
     [
         (dict(lr=1e-2), dict(seed=1), "lr is 0.01 and 0.0001"),
-        (dict(lr=1e-2), dict(), "lr is 0.01 and 0.0001"),
         (dict(), dict(mode="embed", net="tiny"), "net is resnet50 and tiny"),
         (dict(), dict(loss="proxyanchor", train_images=10), "train_images is None and 10"),
         (dict(dataset="folder", data_root="a"), dict(dataset="folder", data_root="b", seed=1), "data_root is a and b"),
@@ -75,15 +74,13 @@ def test_two_runs_that_do_not_belong_together_are_named(one, two, message, write
     assert error.startswith("table: one and two ") and message in error and not lines
 
 
-def test_figures_of_a_validation_are_not_shown_beside_published_ones(write_run, table):
-    lines, _ = table(write_run("a", validation=True))
-    assert lines[2].endswith("| utilization |") and lines[4].endswith("| 0.300 |")
-
-
-def test_runs_may_differ_in_their_machine(write_run, table):
+def test_runs_may_differ_in_their_machine_and_a_validation_is_not_shown_beside_published_figures(write_run, table):
     machine = dict(data_root="/b", device="cuda", num_workers=9, kernels="triton", out="x", resume=True)
-    lines, _ = table(write_run("a", data_root="/a"), write_run("b", seed=1, **machine))
-    assert lines[4].startswith("| contrastive | baseline | 2 |") and "data_root" not in lines[0]
+    one = write_run("one", validation=True, data_root="/a")
+    lines, _ = table(one, write_run("two", seed=1, validation=True, **machine))
+    assert lines[0] == "**cub**, last epoch: validation True, net resnet50, epochs 60, lr 0.0001"
+    assert lines[2].endswith("| utilization |")
+    assert lines[4].startswith("| contrastive | baseline | 2 | 50.0 ± 0.0 |") and lines[4].endswith("| 0.300 |")
 
 
 def test_what_is_no_finished_run_is_named(write_run, table, tmp_path):
