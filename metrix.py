@@ -539,7 +539,7 @@ def main(arguments=None):
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
     try:
-        if arguments[:1] == ["eval"]:
+        if arguments[:1] == ["eval"] and "--help" not in arguments:
             run_dir, *flags = arguments[1:] or ["RUN_DIR"]
             evaluate_run(run_dir, flags)
         else:

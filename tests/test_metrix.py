@@ -228,9 +228,10 @@ def test_flags_override_the_recipe_and_are_shown(capsys):
     assert (toy.epochs, toy.lr_step, toy.warmup_epochs, toy.image_size, toy.embedding_size) == (40, 16, 0, 64, 64)
 
 
-def test_help_says_what_each_flag_means(capsys):
+@pytest.mark.parametrize("words", ["--help", "cub --help", "eval --help"])
+def test_help_says_what_each_flag_means(words, capsys):
     with pytest.raises(SystemExit) as end:
-        metrix.main(["--help"])
+        metrix.main(words.split())
     shown = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for field in dataclasses.fields(metrix.Config):
@@ -312,6 +313,7 @@ def test_every_epoch_draws_other_batches_and_prints_the_time_left(tree, tmp_path
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert line["images_per_second"] == 24 / 300
     first, second = [shown for shown in capsys.readouterr().out.splitlines() if "loss 0.0000" in shown]
+    assert f" R@1 {100 * line['recall']['1']:.1f} " in first
     assert first.endswith(f" {line['seconds'] / 60:.0f} min left") and second.endswith(" 0 min left")
 
 
