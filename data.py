@@ -79,7 +79,7 @@ def load(dataset, root, validation=False):
         raise ValueError(f"{root}: no query has another image of its class to find; add images to the test classes")
     for path in (path for split in splits for path in split.paths):
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: missing or not a regular file; unpack the images again, or remove it")
+            raise FileNotFoundError(f"{path}: missing, not permitted or no regular file; unpack it again, or remove it")
     return splits
 
 
@@ -117,15 +117,21 @@ SPLIT_WORD = re.compile("train(ing)?|test(ing)?|val(id(ation)?)?")
 def load_folder(root):
     """The images in ROOT/train and ROOT/test, or else the two halves of the sorted classes."""
     images = find_images(root)
-    classes = {name for name, _ in images}
-    tops = {name.split("/")[0] for name in classes}
-    if {"train", "test"} <= tops <= {"train", "test", "val", "valid", "validation", "."}:
-        if others := sorted(tops - {"train", "test"}):
-            print(f"left out: images in {', '.join(others)}, beside train and test")
+    tops = {name.split("/")[0] for name, _ in images}
+    if {"train", "test"} <= tops:
+        ignored = tops & {"val", "valid", "validation", "."}
+        if others := sorted(tops - ignored - {"train", "test"}):
+            raise ValueError(f"{root}: found {', '.join(others[:4])} beside train and test; move this to another place")
+        if ignored:
+            print(f"left out: images in {', '.join(sorted(ignored))}, beside train and test")
         train = [(name[len("train/") :] or ".", path) for name, path in images if name.startswith("train")]
         test = [(name[len("test/") :] or ".", path) for name, path in images if name.startswith("test")]
         return Splits(train, test)
-    # Train is named like a split. So are cars_train and cars_test, because only that word differs.
+    if "." in tops and len(tops) > 1:  # a few stray images are no class
+        images = [(name, path) for name, path in images if name != "."]
+        print("left out: images directly in", root)
+    # Directories named like a split are refused: Train, or a pair such as cars_train and cars_test.
+    classes = {name for name, _ in images}
     paths = sorted({path.as_posix() for name in classes for path in pathlib.PurePath(name, "image").parents})
     keys = [SPLIT_WORD.sub("*", path.lower()) for path in paths]
     ends = [os.path.basename(key) for key in keys]
@@ -143,6 +149,7 @@ def find_images(root):
     seen = set(pathlib.Path(root).resolve().parents)  # links may lead back, or above root
     for directory, subdirectories, files in os.walk(root, onerror=cannot_read, followlinks=True):
         if (real := pathlib.Path(directory).resolve()) in seen:
+            print(f"left out: {directory}, a link to a directory that is there already")
             subdirectories.clear()
             continue
         seen.add(real)
@@ -368,10 +375,10 @@ class TrainBatches:
         self.seed, self.epoch, self.num_images = seed, 0, len(labels)
         self.members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
         if batch_size > len(labels):
-            raise ValueError(f"--batch-size {batch_size} is more than the {len(labels)} training images")
+            raise ValueError(f"--batch-size {batch_size} is more than the {len(labels)} training images; use fewer")
         if images_per_class and batch_size > images_per_class * len(self.members):
-            needed = batch_size // images_per_class
-            raise ValueError(f"--batch-size {batch_size} needs {needed} classes; there are {len(self.members)}")
+            needed, found = batch_size // images_per_class, len(self.members)
+            raise ValueError(f"--batch-size {batch_size} needs {needed} classes, but {found} train; use a smaller one")
 
     def __len__(self):
         return self.num_images // self.batch_size

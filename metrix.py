@@ -8,11 +8,10 @@ A step minimises    clean loss + mix_weight * mixed loss,    with one lam ~ Beta
     baseline   mixes nothing
     input      mixes images with each anchor's hardest negatives, which costs a second forward pass
     feature    mixes the last feature maps, before pooling
-    embed      mixes embeddings, of which only the dot products are needed
+    embed      mixes embeddings; their dot products are all that is needed
 
 A run writes OUT/ (default runs/DATASET-LOSS-MODE-seedN): config.json, log.jsonl, last.pt, best.pt, retrieval.png.
-The same command resumes a stopped run. All randomness of an epoch is seeded by (seed, epoch), so on a CPU the resumed
-run ends with the same bits.
+The same command resumes a stopped run. Every epoch has its own seed, so on a CPU a resumed run gives the same bits.
 """
 
 import argparse
@@ -154,7 +153,6 @@ LOSSES = {  # name: (number of classes, embedding size) -> loss
     "proxyanchor": losses.ProxyAnchor,
 }
 MODES = ("baseline", "input", "feature", "embed")
-MIXED = MODES[1:]
 
 
 def flag(default, meaning, group=None, **options):
@@ -179,7 +177,7 @@ class Config:
     batch_size: int = flag(100, "images per step, over all processes")
     images_per_class: int = flag(0, "images of each class in a batch; 0 shuffles all images instead")
     lr: float = flag(1e-4, "learning rate of Adam")
-    proxy_lr: float = flag(100.0, "for proxyanchor: learning rate of its proxies, over lr")
+    proxy_lr: float = flag(100.0, "for proxyanchor: learning rate of its proxies, as a multiple of lr")
     lr_step: int = flag(10, "multiply lr by lr_gamma every lr_step epochs")
     lr_gamma: float = flag(0.1, "see --lr-step")
     warmup_epochs: int = flag(5, "first train only the embedding layer and the proxies, for this many epochs")
@@ -187,11 +185,11 @@ class Config:
     clip: float = flag(10.0, "clip gradient values to +-clip")
     mix_weight: float = flag(0.4, "weight of the mixed loss")
     mix_alpha: float = flag(2.0, "draw lam from Beta(mix_alpha, mix_alpha)")
-    hardest: int = flag(1, "for input: most similar negatives to mix an image with; each mix costs a forward pass")
+    hardest: int = flag(1, "for input: how many of the most similar negatives to mix with; each mix costs a pass")
 
     net: str = flag("resnet50", "tiny is narrow and shallow, for small images", "model", choices=NETS)
-    weights: str = flag("imagenet", "initial weights: imagenet, a file, or none, which has its own recipe")
-    bn: str = flag("stats", "batch norm: train all, keep the statistics of --weights, or keep all", choices=BATCH_NORMS)
+    weights: str = flag("imagenet", "initial weights: imagenet, a file, or none, which also changes other defaults")
+    bn: str = flag("stats", "stats freezes the statistics of batch norm, frozen all of it", choices=BATCH_NORMS)
     embedding_size: int = flag(512, "dimension of the embeddings")
     image_size: int = flag(224, "pixels per side of a crop")
     min_crop: float = flag(0.08, "random crops keep at least this share of an image; raise it if they lose the object")
@@ -210,18 +208,20 @@ class Config:
 
 MAY_CHANGE_ON_RESUME = ("data_root", "out", "num_workers", "device", "kernels", "resume", "checkpoint")
 
-# The commands of the authors' README, as changes to Config. A folder follows cars, where all modes train equally long.
+# The commands of the authors' README, as changes to Config. A folder follows cars, whose modes all train equally long,
+# but in balanced batches.
+ANY_LOSS, ANY_MODE, MIXED = " ".join(LOSSES), " ".join(MODES), "input feature embed"
 RECIPES = [  # data sets, losses, modes, settings
-    ("cub cars folder", "multisimilarity proxyanchor", MODES, dict(lr_step=5, lr_gamma=0.5)),
+    ("cub cars folder", "multisimilarity proxyanchor", ANY_MODE, dict(lr_step=5, lr_gamma=0.5)),
     ("cub", "multisimilarity proxyanchor", MIXED, dict(epochs=100, lr_step=10)),
-    ("sop", "contrastive", MODES, dict(lr=3e-5, lr_gamma=0.25)),
+    ("sop", "contrastive", ANY_MODE, dict(lr=3e-5, lr_gamma=0.25)),
     ("sop", "contrastive", "baseline", dict(bn="train")),
-    ("inshop", "contrastive", MODES, dict(lr_gamma=0.25)),
+    ("inshop", "contrastive", ANY_MODE, dict(lr_gamma=0.25)),
     ("inshop", "contrastive", "baseline", dict(lr=3e-5, lr_step=5, warmup_epochs=1, bn="train")),
-    ("sop inshop", "multisimilarity proxyanchor", MODES, dict(lr=6e-4, lr_step=20, lr_gamma=0.25)),
-    ("sop inshop", "multisimilarity proxyanchor", MODES, dict(warmup_epochs=1, bn="train")),
-    ("sop inshop folder toy", LOSSES, MODES, dict(images_per_class=5)),
-    ("toy", LOSSES, MODES, dict(net="tiny", embedding_size=64, image_size=64)),
+    ("sop inshop", "multisimilarity proxyanchor", ANY_MODE, dict(lr=6e-4, lr_step=20, lr_gamma=0.25)),
+    ("sop inshop", "multisimilarity proxyanchor", ANY_MODE, dict(warmup_epochs=1, bn="train")),
+    ("sop inshop folder toy", ANY_LOSS, ANY_MODE, dict(images_per_class=5)),
+    ("toy", ANY_LOSS, ANY_MODE, dict(net="tiny", embedding_size=64, image_size=64)),
 ]
 # From random weights: train batch norm, no warm-up, larger crops. Tuned on the baseline with --validation.
 SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, min_crop=0.6)
@@ -230,10 +230,10 @@ SCRATCH_LR = {"multisimilarity": 1e-2}
 
 
 def recipe(dataset, loss, mode, from_scratch=False):
-    """What differs from Config's defaults for this dataset, loss and mode."""
+    """The settings that this combination changes."""
     settings = {}
     for datasets, its_losses, modes, changes in RECIPES:
-        if dataset in datasets and loss in its_losses and mode in modes:
+        if dataset in datasets.split() and loss in its_losses.split() and mode in modes.split():
             settings |= changes
     if from_scratch or dataset == "toy":
         settings |= SCRATCH | dict(lr=SCRATCH_LR.get(loss, SCRATCH["lr"]))
@@ -241,10 +241,10 @@ def recipe(dataset, loss, mode, from_scratch=False):
 
 
 def parse(arguments, **saved):
-    """The Config of a command line. Saved settings replace the recipe. ValueError for words that cannot work."""
+    """The Config of a command line. Saved settings replace the recipe. Raises ValueError for an invalid command."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.usage = "./run.sh [DATASET] [LOSS] [MODE] [--flag value ..]\n       ./run.sh eval RUN_DIR [--flag value ..]"
-    parser.description = "Defaults are those of cub contrastive. Other words change some; a run prints what it uses."
+    parser.description = "These are the defaults before a recipe changes some. A run prints what it uses."
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120)
     parser.error = raise_error
     for field in dataclasses.fields(Config):
@@ -268,6 +268,11 @@ def check(config):
     for name in ("epochs", "batch_size", "lr_step", "embedding_size", "image_size", "hardest"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("seed", "images_per_class", "warmup_epochs", "num_workers"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
+    if config.mix_alpha <= 0 or not 0 < config.min_crop <= 1:
+        raise ValueError("--mix-alpha must be above 0, and --min-crop above 0 and at most 1")
     if per_class and (size < 2 * per_class or size % per_class):
         raise ValueError(f"--batch-size {size} must be a multiple of --images-per-class {per_class}, at least twice it")
     if size % WORLD_SIZE:
@@ -275,11 +280,15 @@ def check(config):
     if config.weights == "imagenet" and config.net != "resnet50":
         raise ValueError(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
     try:
-        on_gpu = torch.empty(1, device=config.device).is_cuda
+        device = torch.empty(1, device=config.device).device
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {config.device} is not available on this machine; try --device cpu") from None
-    if config.bn == "train" and WORLD_SIZE > 1 and not on_gpu:
-        raise ValueError("--bn train on several processes needs GPUs, for SyncBatchNorm; use --bn stats")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {config.device} is not supported; use cpu or cuda")
+    if WORLD_SIZE > 1 and device.type == "cuda" and (":" in config.device or LOCAL_RANK >= torch.cuda.device_count()):
+        raise ValueError(f"{torch.cuda.device_count()} GPUs are too few; use --device cuda, or a smaller NPROC")
+    if config.bn == "train" and WORLD_SIZE > 1 and device.type == "cpu":
+        raise ValueError("--bn train on several processes needs GPUs, for SyncBatchNorm; use one process or --bn stats")
 
 
 def raise_error(message):
@@ -350,10 +359,14 @@ def measure(test, dataset, train=None):
 def evaluate_run(run_dir, flags):
     """Evaluate the checkpoint of a run: a table, a JSON line, and RUN_DIR/eval.json and retrieval.png."""
     names = {field.name for field in dataclasses.fields(Config)} - {"num_workers", "device", "kernels"}
-    saved = {name: value for name, value in read_settings(run_dir).items() if name in names}
-    config = parse([*flags, "--out", run_dir], **saved)
+    settings = read_settings(run_dir)
+    config = parse([*flags, "--out", run_dir], **{name: x for name, x in settings.items() if name in names})
+    if changed := difference(vars(config), settings):
+        raise ValueError(f"eval takes the settings of the run ({changed}); leave these flags out")
     kernels.backend = config.kernels
     splits = load_splits(config)
+    if settings.get("images_checksum") != images_checksum(splits):
+        print("WARNING: these are not the images of the run, so training classes may be among the test classes")
     model = make_model(config, f"{run_dir}/{config.checkpoint}.pt")
     train, *test = [embed(model, test_loader(split, config), config) for split in splits]
     result, ranking = measure(test, config.dataset, train)
@@ -368,9 +381,8 @@ def evaluate_run(run_dir, flags):
 
 
 def open_run(config, splits, **modules):
-    """Start OUT/, or load the run in it into the modules. Returns its log so far. Only rank 0 reads and writes."""
-    names = [(os.path.basename(path), y) for split in splits for path, y in zip(split.paths, split.labels)]
-    settings = vars(config) | data.sizes(splits) | dict(images_checksum=zlib.crc32(repr(names).encode()))
+    """Load the run in OUT into the modules, or create OUT. Returns the log so far. Only rank 0 reads and writes."""
+    settings = vars(config) | data.sizes(splits) | dict(images_checksum=images_checksum(splits))
     checkpoint, state = f"{config.out}/last.pt", None
     if RANK == 0 and os.path.exists(checkpoint):
         if changed := difference(settings, read_settings(config.out)):
@@ -379,7 +391,10 @@ def open_run(config, splits, **modules):
     elif RANK == 0:
         if config.resume:
             raise ValueError(f"--resume: {config.out} holds no run to resume")
-        os.makedirs(config.out, exist_ok=True)
+        try:
+            os.makedirs(config.out, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--out {config.out}: no such directory can be made ({error.strerror.lower()})") from error
         write(f"{config.out}/config.json", lambda file: file.write_text(json.dumps(settings, indent=2)))
     state = agree(settings, state)
     if state is None:
@@ -393,16 +408,23 @@ def open_run(config, splits, **modules):
     return state["log"]
 
 
+def images_checksum(splits):
+    """Of names, sizes in bytes and labels: two folders of the same structure are not the same images."""
+    images = [(path, y) for split in splits for path, y in zip(split.paths, split.labels)]
+    return zlib.crc32(repr([(os.path.basename(path), os.path.getsize(path), y) for path, y in images]).encode())
+
+
 def read_settings(out):
     try:
         with open(f"{out}/config.json") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
+            settings = json.load(file)
+        return dict(settings, dataset=settings["dataset"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{out}/config.json: missing or damaged ({error}); is {out} the directory of a run?") from None
 
 
 def difference(settings, others):
-    """The settings that must be equal and are not, as text."""
+    """Names the settings that differ and may not."""
     names = [name for name in settings if name not in MAY_CHANGE_ON_RESUME and others.get(name) != settings[name]]
     return ", ".join(f"{name} is {others.get(name)}, not {settings[name]}" for name in names)
 
@@ -437,7 +459,8 @@ def write(path, save):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         temporary.unlink(missing_ok=True)
         reason = f" ({error})" if isinstance(error, OSError) else ""
-        raise OSError(f"{path}: cannot be written{reason}; free some space, and the same command resumes") from error
+        remedy = "free the disk or allow writing, and the same command resumes"
+        raise OSError(f"{path}: cannot be written{reason}; {remedy}") from error
 
 
 # ----------------------------------------------------------------------------------- several processes
@@ -487,7 +510,7 @@ def average_gradients(parameters):
 
 
 def agree(settings, state):
-    """Rank 0's state, on all ranks. ValueError on all ranks if one has other settings or images."""
+    """Rank 0's state, on all ranks. ValueError on all ranks if the settings or images differ."""
     if WORLD_SIZE > 1:
         every, box = [None] * WORLD_SIZE, [state]
         dist.all_gather_object(every, settings)
@@ -505,7 +528,7 @@ def agree(settings, state):
 def describe(config):
     """Print every setting, with (recipe: X) where a flag overrides it."""
     print(f"{config.dataset} {config.loss} {config.mode} on {config.device}, writes {config.out}")
-    expected, shown = vars(Config()) | recipe(config.dataset, config.loss, config.mode), []
+    expected, shown = vars(Config()) | recipe(config.dataset, config.loss, config.mode, config.weights == "none"), []
     for name, value in vars(config).items():
         if name not in ("dataset", "loss", "mode", *MAY_CHANGE_ON_RESUME):
             shown.append(f"{name} {value}" + ("" if value == expected[name] else f" (recipe: {expected[name]})"))
@@ -515,7 +538,8 @@ def describe(config):
 def report(config, log):
     """Tables for people, then one JSON line for programs."""
     last, best = log[-1], best_of(log)
-    for title, line in (("best epoch, chosen on the test classes", best), ("last epoch", last)):
+    chosen = "best epoch" if config.validation else "best epoch, chosen on the test classes"
+    for title, line in ((chosen, best), ("last epoch", last)):
         print(f"\n{title}: {line['epoch']}", *eval.table(line), sep="\n")
     summary = {name: getattr(config, name) for name in ("dataset", "loss", "mode", "seed", "out")}
     summary |= dict(last=last, best=dict(epoch=best["epoch"], recall=best["recall"]))
@@ -531,16 +555,18 @@ REMEDIES = {  # part of an error message of PyTorch: what to print instead
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    torch.set_num_threads(torch.get_num_threads())  # MKL would vary the number, and with it the last digits
+    torch.set_num_threads(torch.get_num_threads())  # fixes the number, because MKL's choice changes the last digits
     if WORLD_SIZE > 1:
-        if torch.cuda.is_available():
+        if LOCAL_RANK < torch.cuda.device_count():
             torch.cuda.set_device(LOCAL_RANK)
         dist.init_process_group()
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
     try:
         if arguments[:1] == ["eval"] and "--help" not in arguments:
-            run_dir, *flags = arguments[1:] or ["RUN_DIR"]
+            run_dir, *flags = arguments[1:] or ["--help"]
+            if run_dir.startswith("-"):
+                raise ValueError("eval needs a run: ./run.sh eval RUN_DIR [--flag value ..]")
             evaluate_run(run_dir, flags)
         else:
             config = parse(arguments)

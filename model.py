@@ -152,7 +152,8 @@ def load_weights(model, weights):
     if missing or unknown or reshaped:
         shapes = [f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in reshaped]
         faults = some(missing, "tensors missing"), some(unknown + others, "unknown"), some(shapes, "of another shape")
-        raise ValueError(f"{weights} does not fit this net: {', '.join(faults)}; check --net and --embedding-size")
+        faults = f"{', '.join(faults)}; the file holds {some([*tensors], 'tensors')}"
+        raise ValueError(f"{weights} does not fit this net: {faults}; check --net and --embedding-size")
     if prefix not in ("", "model.") or not all(name.startswith(("metric.", "optimizer.")) for name in others):
         print(f"  {weights}: loads {prefix}*, leaves out {some(others, 'tensors')}")  # a file of others
     model.load_state_dict(own | state)
@@ -195,7 +196,7 @@ def read_checkpoint(file):
     except Exception as error:  # torch raises many kinds
         with open(file, "rb") as content:
             start = content.read(16)
-        hint = f"it begins with {start!r}, so its download may have failed"
+        hint = f"it begins with {start!r}, so it may be incomplete, such as a failed download"
         if zipped or start[:1] == b"\x80":  # a pickle
             convert = 'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
             hint = f"if it is whole and you trust it, convert it: {convert}"

@@ -30,7 +30,7 @@ if [[ ${1:-} == all ]]; then  # check the words before anything starts
     done
     dataset=${words[0]:--}
     [[ $dataset != -* ]] || fail "all needs a data set: ./run.sh all DATASET [--seeds N] [--flag value ..]"
-    [[ $seeds =~ ^[1-9][0-9]*$ ]] || fail "--seeds needs a number, at least 1"
+    [[ $seeds =~ ^[1-9][0-9]?[0-9]?$ ]] || fail "--seeds needs a number from 1 to 999"
 fi
 
 needed="torch torchvision numpy PIL"

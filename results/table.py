@@ -2,8 +2,8 @@
 
     python results/table.py RUN_DIR ..
 
-A value is the mean over seeds at the last epoch, ± its standard error. A gain is the mean difference from the baselines
-of the same seeds. Two runs are refused if they differ in more than the loss, the mode, the seed and their recipes.
+A value is the mean over seeds at the last epoch, ± its standard error. A gain is the mean difference from the baseline
+of the same seed. Two runs are refused if they differ in more than the loss, the mode, the seed and their recipes.
 """
 
 import itertools
@@ -23,7 +23,8 @@ METRICS = ("recall_at_1", "map_at_r", "alignment", "uniformity", "utilization")
 TITLES = ("loss", "mode", "seeds", "R@1, %", "gain", "MAP@R, %", "gain", *METRICS[2:], "published R@1, %")
 RECIPE = ("epochs", "lr", "lr_step", "lr_gamma", "warmup_epochs", "bn", "images_per_class")  # may differ between rows
 SETUP = ("data_root", "validation", "net", "weights", "embedding_size", "image_size", "batch_size", "precision")
-IGNORED = {"loss", "mode", "seed", "out", "resume", "num_workers", "device", "kernels", "directory", *METRICS}
+IGNORED = {"loss", "mode", "seed", "out", "resume", "num_workers", "device", "kernels", "checkpoint", "directory"}
+IGNORED |= {*METRICS}
 
 
 def read_run(directory):

@@ -62,7 +62,7 @@ def write_tree():
     def write(root, classes, size=40):
         rng = np.random.default_rng(0)
         for name, count in classes.items():
-            (root / name).mkdir(parents=True)
+            (root / name).mkdir(parents=True, exist_ok=True)
             colour = rng.integers(40, 216, 3)
             for n in range(count):
                 pixels = (colour + rng.normal(0, 30, (size, size, 3))).clip(0, 255).astype(np.uint8)

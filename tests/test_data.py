@@ -56,9 +56,10 @@ def test_train_and_test_directories_win_over_halves(tmp_path, write_tree, capsys
         ("train/a train/b test/b test/c", "1 class.* in both training and test, such as b;"),
         ("train/x/a train/x/b test/y/a test/y/b", "2 class.* in both training and test, such as a, b;"),
         ("Train/a Train/b Test/c Test/d", "found Test, Train; give a directory that holds train/ and test/ only"),
-        ("train/a train/b test/c test/d more/e", "found test, train;"),
+        ("train/a train/b test/c test/d more/e", "found more beside train and test"),
         ("shop/training/a shop/training/b shop/testing/c d", "found shop/testing, shop/training;"),
         ("cars_train/a cars_train/b cars_test/c cars_test/VALID", "found cars_test, cars_test/VALID, cars_train;"),
+        (". a b c", "3 class.*, at least 4 are needed"),
         ("a b one1 one2", "no query has another image of its class"),
     ],
 )
@@ -96,7 +97,7 @@ def test_links_are_followed_and_no_directory_is_read_twice(tmp_path, write_tree)
 
 def test_only_regular_files_are_images(tmp_path, write_tree):
     os.mkfifo(write_tree(tmp_path, {name: 2 for name in "abcd"}) / "a" / "9.png")
-    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/a/9.png: missing or not a regular file"):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/a/9.png: missing, not permitted or no regular file"):
         data.load("folder", str(tmp_path))
 
 
@@ -302,7 +303,7 @@ def test_impossible_batches_are_refused():
     assert len(data.TrainBatches(LABELS, 27, 0, 0)) == len(data.TrainBatches(LABELS, 20, 4, 0)) == 1
     with pytest.raises(ValueError, match="--batch-size 28 is more than the 27 training images"):
         data.TrainBatches(LABELS, 28, 0, 0)
-    with pytest.raises(ValueError, match="--batch-size 24 needs 6 classes; there are 5"):
+    with pytest.raises(ValueError, match="--batch-size 24 needs 6 classes, but 5 train; use a smaller one"):
         data.TrainBatches(LABELS, 24, 4, 0)
 
 

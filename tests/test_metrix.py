@@ -288,13 +288,17 @@ def test_a_run_is_evaluated_again_from_its_checkpoints(tree, tmp_path, capsys):
     (out / "retrieval.png").unlink()
     os.rename(out, tmp_path / "moved")
     out = tmp_path / "moved"
+    assert "eval takes the settings of the run (lr is 0.003, not 1.0)" in stops(["eval", str(out), "--lr", "1"], capsys)
     metrix.main(["eval", str(out), "--device", "cpu"])
     result = json.loads((out / "eval.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     shared = result.keys() & last.keys()
     assert {name: result[name] for name in shared} == {name: last[name] for name in shared} and "utilization" in shared
     assert (out / "retrieval.png").exists()
+    with open(f"{tree}/class0/0.png", "ab") as file:
+        file.write(b" ")
     metrix.main(["eval", str(out), "--checkpoint", "best"])
+    assert "WARNING: these are not the images of the run" in capsys.readouterr().out
     best = max((first, last), key=lambda line: line["recall"]["1"])
     assert json.loads((out / "eval.json").read_text())["recall"] == best["recall"]
 
@@ -399,10 +403,13 @@ def test_checkpoints_hold_tensors_of_the_cpu_and_no_checksum(tree, tmp_path, mon
         ("toy --images-per-class 7", "--batch-size 100 must be a multiple of --images-per-class 7"),
         ("folder --net tiny", "--net tiny has no ImageNet weights; add --weights none"),
         ("toy --device abacus", "--device abacus is not available"),
-        ("folder --data-root {tree} {small} --out {tree}/class0/0.png/run", "{tree}/class0/0.png"),
         ("folder --data-root {tree} {small} --out {empty} --resume", "--resume: {empty} holds no run"),
         ("folder --data-root {broken} {small} --out {empty}/run --num-workers 2", "{broken}/d/1.png: cannot be read"),
         ("eval {empty}", "{empty}/config.json: missing or damaged"),
+        ("eval --checkpoint best", "eval needs a run"),
+        ("toy --seed -1", "--seed must be at least 0"),
+        ("toy --min-crop 2", "--min-crop above 0 and at most 1"),
+        ("folder --data-root {tree} {small} --out {tree}/class0/0.png/run", "--out {tree}/class0/0.png/run: no such"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, tree, tmp_path, write_tree, capsys):
@@ -444,7 +451,7 @@ def test_a_full_disk_leaves_no_half_written_file(error, tree, tmp_path, capsys, 
 
     monkeypatch.setattr(torch, "save", fail)
     message = stops(command(tree, tmp_path / "run", more="--epochs 1"), capsys)
-    assert f"{tmp_path}/run/best.pt: cannot be written" in message and "free some space" in message
+    assert f"{tmp_path}/run/best.pt: cannot be written" in message and "free the disk" in message
     assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl", "retrieval.png"]
 
 

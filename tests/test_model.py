@@ -186,8 +186,8 @@ def test_weights_that_do_not_fit_are_named_on_both_sides(state, message, tmp_pat
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"<!DOCTYPE html>\n<html>", r"it begins with b'<!DOCTYPE html>\\n', so its download may have failed"),
-        (b"PK\3\4, a part of a zip archive", "it begins with b'PK.*', so its download may have failed"),
+        (b"<!DOCTYPE html>\n<html>", r"it begins with b'<!DOCTYPE html>\\n', so it may be incomplete"),
+        (b"PK\3\4, a part of a zip archive", "it begins with b'PK.*', so it may be incomplete"),
         (pickle.dumps({"weight": 1}, 2), "if it is whole and you trust it, convert it: torch.save"),
     ],
 )
