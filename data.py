@@ -7,8 +7,8 @@
 cub, cars, sop and inshop are read from their own lists. `toy` is generated on first use. `folder` is any tree of
 images. Every directory that directly holds images is a class. Training and test classes never overlap:
 
-    ROOT/train/../CLASS/IMAGE and ROOT/test/../CLASS/IMAGE
-    ROOT/../CLASS/IMAGE    the first half of the sorted classes trains, the second half tests
+    ROOT/train/[any/]CLASS/IMAGE and ROOT/test/[any/]CLASS/IMAGE
+    ROOT/[any/]CLASS/IMAGE    the first half of the sorted classes trains, the second half tests
 
 Batches are seeded by (seed, epoch) and each image carries its own augmentation seed, so the number of workers does
 not matter. Bad input raises ValueError or OSError with one line.
@@ -28,10 +28,10 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
-warnings.filterwarnings("ignore", module="PIL")  # of images that it reads all the same
+warnings.filterwarnings("ignore", module="PIL")  # Pillow warns about images that it can read
 IMAGE_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
-HIDDEN = (".", "@eaDir", "lost+found")  # names that begin like this are not looked at
+HIDDEN = (".", "@eaDir", "lost+found")  # names that begin like this are skipped
 IMAGENET = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[:, :, None, None]  # mean, deviation
 
 
@@ -97,7 +97,7 @@ def sizes(splits):
 
 
 def make_split(images, others):
-    """A split from the (class, path) of each image, with the sorted classes of other images."""
+    """A split from the (class, path) of each image. Labels number the sorted classes of `others`."""
     label = {name: n for n, name in enumerate(sorted({name for name, _ in others}))}
     return Split([path for _, path in images], [label[name] for name, _ in images], [str(name) for name in label])
 
@@ -245,7 +245,7 @@ def first_existing(root, directories, names, what):
     if found := next(filter(os.path.exists, paths), None):
         return found
     missing = " or ".join(os.path.join(directories[0], name) for name in names)
-    raise FileNotFoundError(f"{root}: no {missing} in it; unpack {what} in it, or set --data-root")
+    raise FileNotFoundError(f"{root}: {missing} is missing; unpack {what} into this directory, or set --data-root")
 
 
 def read_list(file, header_lines=0, **columns):
@@ -282,7 +282,8 @@ def read_mat(file):
 
 TOY_VERSION = 1  # increase it when the generator changes
 TOY_CLASSES, TOY_IMAGES, TOY_SIZE = 80, 20, 72  # classes, images per class, pixels per side
-TOY_FAMILY, TOY_CONTRAST = 4, 0.8  # classes per look-alike family, their difference (0: identical, 1: unrelated)
+TOY_FAMILY = 4  # classes per look-alike family
+TOY_CONTRAST = 0.8  # how different they are: 0 identical, 1 unrelated
 
 
 def load_toy(root):
@@ -366,7 +367,8 @@ class TrainBatches:
     """Batches of (index, seed). Set .epoch before each pass.
 
     images_per_class = 0: all images in random order. The incomplete last batch is dropped.
-    images_per_class > 0: as many batches of random classes, with this many images each, repeated if a class has fewer.
+    images_per_class > 0: the same number of batches. A batch has random classes, with this many images of each. Images
+    are repeated if a class has fewer.
     shard: the slice of each batch to yield, one per process.
     """
 

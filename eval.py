@@ -60,7 +60,7 @@ def r_precision(query, query_labels, gallery=None, gallery_labels=None):
 class Ranking(NamedTuple):
     """One value per query (Q,)."""
 
-    rank: torch.Tensor  # int64: number of wrong items ranked above the first right one; -1: no right item exists
+    rank: torch.Tensor  # int64: number of wrong items above the first right one, or -1 if no right one exists
     average_precision: torch.Tensor | None = None  # float64: the query's part of MAP@R
     r_precision: torch.Tensor | None = None  # float64
 
@@ -93,7 +93,7 @@ def _full_ranking(query, query_labels, gallery, gallery_labels, shard):
     s = by_label(query, query_labels, gallery, gallery_labels, shard)
     first = torch.searchsorted(s.gallery_labels, s.query_labels)
     last = torch.searchsorted(s.gallery_labels, s.query_labels, right=True)
-    size = last - first - (s.own >= 0).long()  # (Q,) R of each query; it does not find itself
+    size = last - first - (s.own >= 0).long()  # (Q,) R; a query does not count itself
     rank = torch.full_like(size, -1)
     precision = torch.full((2, len(size)), torch.nan, dtype=torch.float64, device=size.device)
 
@@ -114,7 +114,7 @@ def _full_ranking(query, query_labels, gallery, gallery_labels, shard):
         nearest = s.gallery_labels[select(sim, len(r))[1]]  # (rows, largest R)
 
         sim[:, band].masked_fill_(match, -torch.inf)
-        wrong = sim.ge_(best).sum(1).long()  # as floats: a CPU adds them fastest
+        wrong = sim.ge_(best).sum(1).long()  # as floats, because a CPU adds these fastest
         rank[place] = wrong.masked_fill(R[:, 0] == 0, -1)
         hit = ((nearest == labels) & (r <= R)).double()
         precision[:, place] = torch.stack([(hit * hit.cumsum(1) / r).sum(1), hit.sum(1)]) / R.T
@@ -208,8 +208,8 @@ def retrieval_sheet(
 ):  # fmt: skip
     """Write a PNG: rows of a query and its nearest neighbours, right ones framed green, wrong ones red.
 
-    Random queries come first, then those with the worst `rank` (of a Ranking). Paths are image files in the order of
-    the embeddings. Without a gallery, queries are ranked against each other.
+    Random queries come first, then those with the worst rank, as in Ranking. Paths are image files in the order of the
+    embeddings. Without a gallery, queries are ranked against each other.
     """
     itself = gallery is None
     if itself:

@@ -434,7 +434,8 @@ def save_epoch(config, log, model, metric, optimizer):
     write(f"{config.out}/log.jsonl", lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in log)))
     state = dict(model=model.state_dict(), metric=metric.state_dict(), epoch=len(log), log=log, config=vars(config))
     more = state | dict(optimizer=optimizer.state_dict())
-    state, more = tree_map_only(torch.Tensor, torch.Tensor.cpu, (state, more))  # to load on a machine without a GPU
+    # Tensors move to the CPU, because a machine without a GPU may load them.
+    state, more = tree_map_only(torch.Tensor, torch.Tensor.cpu, (state, more))
     with save_options.patch("save.compute_crc32", False):  # a checksum takes longer than the writing
         if best_of(log) is log[-1]:
             write(f"{config.out}/best.pt", lambda file: torch.save(state, file))
@@ -483,7 +484,7 @@ def shard(x):
 
 
 def gather(x):
-    """The whole of which each process has its shard.
+    """Concatenates the shards of all processes.
 
     All processes compute the same loss from the whole, so each knows the whole gradient of its own shard. Here it is
     multiplied by the number of processes, because `average_gradients` divides by that.
@@ -495,7 +496,7 @@ def gather(x):
     whole, mine = x.new_zeros(int(length), *x.shape[1:]), my_slice(int(length))
     whole[mine] = x.detach()
     dist.all_reduce(whole)  # each process adds its shard to zeros
-    whole[mine] += WORLD_SIZE * (x - x.detach())  # adds 0, which has that gradient
+    whole[mine] += WORLD_SIZE * (x - x.detach())  # adds zero, but carries the gradient
     return whole
 
 
@@ -578,7 +579,7 @@ def main(arguments=None):
         remedy = next((remedy for words, remedy in REMEDIES.items() if re.search(words, str(error))), None)
         if isinstance(error, RuntimeError) and not remedy:
             raise
-        last_line = str(error).strip().splitlines()[-1]  # in a process that loads images, a traceback stands above it
+        last_line = str(error).strip().splitlines()[-1]  # a loader's process puts its traceback before the message
         met_alone = isinstance(error, (RuntimeError, data.UnreadableImage)) and "another process" not in (remedy or "")
         if LOCAL_RANK == 0 or met_alone:
             print(f"metrix: {remedy or last_line.removeprefix('data.UnreadableImage: ')}", file=sys.stderr)

@@ -6,7 +6,7 @@
 
 The blocks are the bottlenecks of He et al. 2016, with the stride in the 3x3 convolution ("v1.5"). Names and shapes are
 torchvision's, so weights load in both directions. Batch norm with frozen statistics is folded into the convolution
-before it, which saves a pass over the activations and a tensor:
+before it. This saves one pass over the activations and one copy of them:
 
     bn(conv(x; w)) = conv(x; w * gamma / sigma) + (beta - mu * gamma / sigma)
 """
@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """bn: "train"; "stats" freezes the running statistics; "frozen" freezes scale and shift as well."""
+    """bn: "train" trains batch norm, "stats" freezes its running statistics, "frozen" its scale and shift too."""
 
     def __init__(self, blocks=(3, 4, 6, 3), width=64, embedding_size=512, bn="stats"):
         super().__init__()
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
 
 @contextlib.contextmanager
 def no_stats_update(model):
-    """Inside, batch norm uses batch statistics without updating the running ones."""
+    """Batch norm uses batch statistics, and leaves the running ones alone."""
     for norm in model.norms():
         norm.track_running_stats = False
     try:
@@ -132,7 +132,7 @@ def no_stats_update(model):
 def load_weights(model, weights):
     """Fill a model in place from "imagenet" (torchvision's IMAGENET1K_V1) or a file; "none" leaves it as it is.
 
-    Nested dicts and a prefix may precede torchvision's names. Layers of other names, such as `fc`, are left out.
+    Nested dicts and a prefix may precede torchvision's names. Other layers, such as `fc`, are ignored.
     The model keeps its embedding layer if the file has none.
     """
     if weights == "none":
@@ -155,7 +155,7 @@ def load_weights(model, weights):
         faults = f"{', '.join(faults)}; the file holds {some([*tensors], 'tensors')}"
         raise ValueError(f"{weights} does not fit this net: {faults}; check --net and --embedding-size")
     if prefix not in ("", "model.") or not all(name.startswith(("metric.", "optimizer.")) for name in others):
-        print(f"  {weights}: loads {prefix}*, leaves out {some(others, 'tensors')}")  # a file of others
+        print(f"  {weights}: loads {prefix}*, leaves out {some(others, 'tensors')}")  # not one of our checkpoints
     model.load_state_dict(own | state)
 
 
@@ -187,7 +187,8 @@ def read_checkpoint(file):
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file}: no such weights file; expected one written by torch.save")
     zipped = zipfile.is_zipfile(file)
-    classes = ["argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype"]  # of PyTorch before 1.6
+    # A file from before PyTorch 1.6 is not zipped, and does not list its classes.
+    classes = ["argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype"]
     try:
         if zipped:
             classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)

@@ -3,7 +3,7 @@
     python results/table.py RUN_DIR ..
 
 A value is the mean over seeds at the last epoch, ± its standard error. A gain is the mean difference from the baseline
-of the same seed. Two runs are refused if they differ in more than the loss, the mode, the seed and their recipes.
+of the same seed. Runs may differ in loss, mode, seed and recipe. Any other difference is an error.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def check(runs):
         same_row = a["loss"] == b["loss"] and a["mode"] == b["mode"]
         names = (a.keys() | b.keys()) - IGNORED - set(() if same_row else RECIPE)
         if a["dataset"] != "folder":
-            names.discard("data_root")  # the name and the sizes say which images these are
+            names.discard("data_root")  # because the name and the sizes identify the images
         for name in sorted(names):
             if a.get(name) != b.get(name):
                 raise ValueError(f"{both} cannot be compared: {name} is {a.get(name)} and {b.get(name)}")
@@ -56,7 +56,7 @@ def check(runs):
 
 
 def print_table(runs):
-    """Print a data set's table, and the settings that its rows differ in. Returns the rows, with lists over seeds."""
+    """Print a data set's table, and the settings that differ between rows. Returns the rows, with lists over seeds."""
     dataset, rows, recipes = runs[0]["dataset"], [], {}
     shared = [name for name in SETUP + RECIPE if len({run.get(name) for run in runs}) == 1]
     differing = [name for name in RECIPE if name not in shared]

@@ -206,7 +206,7 @@ def test_every_layout_is_found_and_split(write, options, inner, tmp_path):
 @pytest.mark.parametrize(
     "write, file, change, message",
     [
-        (write_cub, "images", None, "no CUB_200_2011/images in it; unpack CUB"),
+        (write_cub, "images", None, "CUB_200_2011/images is missing; unpack CUB"),
         (write_cub, "image_class_labels.txt", None, "labels.txt: cannot be read .no such file or directory.; check"),
         (write_cub, "images.txt", ("3 001", "33 001"), "labels.txt: does not list the same images as"),
         (write_cars, "cars_annos.mat", ("MATLAB", "junk"), "cars_annos.mat: not a Cars196 list with class labels"),
