@@ -365,7 +365,8 @@ def evaluate_run(run_dir, flags):
         raise ValueError(f"eval takes the settings of the run ({changed}); leave these flags out")
     kernels.backend = config.kernels
     splits = load_splits(config)
-    if settings.get("images_checksum") != images_checksum(splits):
+    checksum = images_checksum(splits)
+    if settings.get("images_checksum", checksum) != checksum:
         print("WARNING: these are not the images of the run, so training classes may be among the test classes")
     model = make_model(config, f"{run_dir}/{config.checkpoint}.pt")
     train, *test = [embed(model, test_loader(split, config), config) for split in splits]
