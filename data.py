@@ -434,8 +434,8 @@ class Images(torch.utils.data.Dataset):
         image = self.decoded.get(index)
         if image is None:
             image = open_image(self.split.paths[index])
-        if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 200 MB per worker
-            self.decoded[index] = image
+            if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 200 MB per worker
+                self.decoded[index] = image
         torch.default_generator.manual_seed(seed)  # safe: nothing else uses this generator during training
         with naming(self.split.paths[index]):
             return self.transform(image), self.split.labels[index]

@@ -172,8 +172,8 @@ def uniformity(z):
     if len(z) < 2:
         raise ValueError("uniformity: expected at least two embeddings")
     total = torch.zeros((), dtype=torch.float64, device=z.device)
-    for cols in row_slices(0, len(z), TILE):
-        for rows in row_slices(0, cols.stop, TILE):
+    for cols in row_slices(len(z), TILE):
+        for rows in row_slices(cols.stop, TILE):
             kernel = _square_distances(z[rows], z[cols]).mul_(-2).exp_()
             total += (kernel.triu_(1) if rows == cols else kernel).sum(dtype=torch.float64)
     return torch.log(total / (len(z) * (len(z) - 1) / 2)).item()

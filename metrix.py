@@ -434,13 +434,13 @@ def save_epoch(config, log, model, metric, optimizer):
     """Write log.jsonl, best.pt if this epoch is the best so far, and last.pt, from which the run resumes."""
     write(f"{config.out}/log.jsonl", lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in log)))
     state = dict(model=model.state_dict(), metric=metric.state_dict(), epoch=len(log), log=log, config=vars(config))
-    more = state | dict(optimizer=optimizer.state_dict())
     # Tensors move to the CPU, because a machine without a GPU may load them.
-    state, more = tree_map_only(torch.Tensor, torch.Tensor.cpu, (state, more))
+    state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
+    optimizer = tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.state_dict())
     with save_options.patch("save.compute_crc32", False):  # a checksum takes longer than the writing
         if best_of(log) is log[-1]:
             write(f"{config.out}/best.pt", lambda file: torch.save(state, file))
-        write(f"{config.out}/last.pt", lambda file: torch.save(more, file))
+        write(f"{config.out}/last.pt", lambda file: torch.save(state | dict(optimizer=optimizer), file))
 
 
 def best_of(log):

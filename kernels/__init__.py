@@ -30,7 +30,7 @@ TILE = 1024  # side of the square tiles of similarities in recall.py and eval.py
 ONEDNN_FROM = 2**25 if torch.backends.mkldnn.is_available() else float("inf")
 
 
-def use_triton(tensor, size=TRITON_FROM):
+def use_triton(tensor, size):
     """Whether Triton should run on this tensor. ValueError if the user asked for Triton and it cannot run.
 
     size: how many pairs or mixed values there are. float64 always runs in PyTorch.
@@ -49,12 +49,6 @@ def launch(kernel, grid, *arguments, **options):
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **options)
-
-
-def refuse_second_derivatives():
-    """For backward passes written by hand. once_differentiable returns zeros if the incoming gradient is constant."""
-    if torch.is_grad_enabled():  # the caller has set create_graph
-        raise RuntimeError("the kernels have no second derivatives; set kernels.backend = 'torch'")
 
 
 def sm_count_and_arch(device):
@@ -122,13 +116,13 @@ def similarities(a, b):
     return _Product.apply(a, b) if relaxed(a.device) else a @ b.T
 
 
-def row_slices(start, stop, size):
-    return [slice(row, min(row + size, stop)) for row in range(start, stop, size)]
+def row_slices(rows, size):
+    return [slice(row, min(row + size, rows)) for row in range(0, rows, size)]
 
 
 def row_chunks(rows, width, size, device):
     """Slices of rows with about `size` elements each. On a GPU they have 2^26, because every slice costs launches."""
-    return row_slices(0, rows, max(1, (size if device.type == "cpu" else 2**26) // max(width, 1)))
+    return row_slices(rows, max(1, (size if device.type == "cpu" else 2**26) // max(width, 1)))
 
 
 def pad_columns(z, multiple):

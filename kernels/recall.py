@@ -71,9 +71,9 @@ def plain_count(s, bound):
     """How many items of other classes have a similarity of at least bound (Q,) to each query."""
     symmetric = s.query is s.gallery
     count = torch.zeros(len(s.query), dtype=torch.int64, device=s.query.device)
-    for cols in row_slices(0, len(s.gallery), TILE):
+    for cols in row_slices(len(s.gallery), TILE):
         item_labels = s.gallery_labels[cols]
-        for rows in row_slices(0, cols.stop if symmetric else len(s.query), TILE):
+        for rows in row_slices(cols.stop if symmetric else len(s.query), TILE):
             labels = s.query_labels[rows]
             sim = product(s.query[rows], s.gallery[cols])
             if labels[0] <= item_labels[-1] and item_labels[0] <= labels[-1]:
