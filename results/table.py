@@ -3,7 +3,8 @@
     python results/table.py RUN_DIR ..
 
 A value is the mean over seeds at the last epoch, ± its standard error. A gain is the mean difference from the baseline
-of the same seed. Runs may differ in loss, mode, seed and recipe. Any other difference is an error.
+of the same seed. A row is a loss, a mode and a mix weight. Rows may also differ in their recipe, and the runs of a row
+in their seed. Any other difference is an error.
 """
 
 import itertools
@@ -21,7 +22,7 @@ PUBLISHED = {  # the paper's Recall@1, %: all MODES of the first of LOSSES, of t
 }
 METRICS = ("recall_at_1", "map_at_r", "alignment", "uniformity", "utilization")
 TITLES = ("loss", "mode", "seeds", "R@1, %", "gain", "MAP@R, %", "gain", *METRICS[2:], "published R@1, %")
-RECIPE = ("epochs", "lr", "lr_step", "lr_gamma", "warmup_epochs", "bn", "images_per_class")  # may differ between rows
+RECIPE = ("epochs", "lr", "lr_step", "lr_gamma", "warmup_epochs", "bn", "images_per_class", "mix_weight")
 SETUP = ("data_root", "validation", "net", "weights", "embedding_size", "image_size", "batch_size", "precision")
 IGNORED = {"loss", "mode", "seed", "out", "resume", "num_workers", "device", "kernels", "checkpoint", "directory"}
 IGNORED |= {*METRICS}
@@ -40,11 +41,16 @@ def read_run(directory):
         raise ValueError(f"{directory}: not a finished run ({error})") from None
 
 
+def row_of(run):
+    """What the runs of a row have in common."""
+    return run["loss"], run["mode"], run.get("mix_weight") if run["mode"] != "baseline" else None
+
+
 def check(runs):
     """ValueError if two runs of a data set do not belong in one table."""
     for a, b in itertools.combinations(runs, 2):
         both = f"{a['directory']} and {b['directory']}"
-        same_row = a["loss"] == b["loss"] and a["mode"] == b["mode"]
+        same_row = row_of(a) == row_of(b)
         names = (a.keys() | b.keys()) - IGNORED - set(() if same_row else RECIPE)
         if a["dataset"] != "folder":
             names.discard("data_root")  # because the name and the sizes identify the images
@@ -67,16 +73,18 @@ def print_table(runs):
     print("", "| " + " | ".join(titles) + " |", "|---|---" + "|---:" * (len(titles) - 2) + "|", sep="\n")
 
     baselines = {(run["loss"], run["seed"]): run for run in runs if run["mode"] == "baseline"}
-    for (loss, mode), group in itertools.groupby(runs, itemgetter("loss", "mode")):
+    for (loss, mode, weight), group in itertools.groupby(runs, row_of):
         group = list(group)
+        title = f"{mode} at {weight}" if mode != "baseline" and "mix_weight" in differing else mode
         seeds = [run["seed"] for run in group]
         values = {name: [run[name] for run in group] for name in METRICS}
         pairs = [(run, baselines.get((loss, run["seed"]))) for run in group if mode != "baseline"]
         gains = {name: [run[name] - base[name] for run, base in pairs if base] for name in METRICS[:2]}
-        rows.append(dict(dataset=dataset, loss=loss, mode=mode, seeds=seeds, values=values, gains=gains))
-        recipes.setdefault(settings(group[0], differing), []).append(f"{loss} {mode}")
+        row = dict(dataset=dataset, loss=loss, mode=mode, mix_weight=weight, seeds=seeds, values=values, gains=gains)
+        rows.append(row)
+        recipes.setdefault(settings(group[0], differing), []).append(f"{loss} {title}")
 
-        texts = [loss, mode, str(len(seeds))]
+        texts = [loss, title, str(len(seeds))]
         for name in gains:
             texts += [percent(values[name]), percent(gains[name], "+")]
         texts += [f"{statistics.mean(values[name]):.3f}" for name in METRICS[2:]]
@@ -98,7 +106,8 @@ def percent(shares, sign=""):
 def main(directories):
     if not directories:
         raise ValueError("usage: python results/table.py RUN_DIR ..")
-    order = lambda run: (run["dataset"], run["loss"], (*MODES, run["mode"]).index(run["mode"]), run["seed"])
+    mode = lambda run: (*MODES, run["mode"]).index(run["mode"])
+    order = lambda run: (run["dataset"], run["loss"], mode(run), -run.get("mix_weight", 0), run["seed"])
     runs = sorted(map(read_run, directories), key=order)
     tables = [list(runs) for _, runs in itertools.groupby(runs, itemgetter("dataset"))]
     for runs in tables:

@@ -59,10 +59,26 @@ def test_values_are_means_over_seeds_and_gains_are_paired_by_seed(write_run, tab
     assert rows["cub", "contrastive", "feature"]["gains"]["map_at_r"] == pytest.approx([0.005, 0.01, 0.03])
 
 
+def test_each_mix_weight_has_a_row(write_run, table):
+    names = [write_run("b0", mix_weight=0.4), write_run("b1", seed=1, recall=0.6, mix_weight=0.4)]
+    for weight, seed, recall in ((0.1, 1, 0.65), (0.4, 0, 0.45), (0.1, 0, 0.51), (0.4, 1, 0.57)):
+        names.append(write_run(f"f{weight}-{seed}", "feature", seed, recall, mix_weight=weight))
+    lines, _ = table(*names)
+    assert [line[:38] for line in lines[4:7]] == [
+        "| contrastive | baseline | 2 | 55.0 ± ",
+        "| contrastive | feature at 0.4 | 2 | 5",
+        "| contrastive | feature at 0.1 | 2 | 5",
+    ]
+    assert "| -4.0 ± 1.0 |" in lines[5] and "| +3.0 ± 2.0 |" in lines[6]
+    assert lines[11] == "- mix_weight 0.1: contrastive feature at 0.1"
+    assert [row["mix_weight"] for row in json.loads(lines[-1])["rows"]] == [None, 0.4, 0.1]
+
+
 @pytest.mark.parametrize(
     "one, two, message",
     [
         (dict(lr=1e-2), dict(seed=1), "lr is 0.01 and 0.0001"),
+        (dict(mix_weight=0.4), dict(seed=1, mix_weight=0.1), "mix_weight is 0.4 and 0.1"),
         (dict(), dict(mode="embed", net="tiny"), "net is resnet50 and tiny"),
         (dict(), dict(loss="proxyanchor", train_images=10), "train_images is None and 10"),
         (dict(dataset="folder", data_root="a"), dict(dataset="folder", data_root="b", seed=1), "data_root is a and b"),
