@@ -127,7 +127,7 @@ def load_folder(root):
         train = [(name[len("train/") :] or ".", path) for name, path in images if name.startswith("train")]
         test = [(name[len("test/") :] or ".", path) for name, path in images if name.startswith("test")]
         return Splits(train, test)
-    if "." in tops and len(tops) > 1:  # a few stray images are no class
+    if "." in tops and len(tops) > 1:  # stray images are no class
         images = [(name, path) for name, path in images if name != "."]
         print("left out: images directly in", root)
     # Directories named like a split are refused: Train, or a pair such as cars_train and cars_test.
@@ -275,7 +275,7 @@ def read_mat(file):
         path = "relative_im_path" if "relative_im_path" in rows.dtype.names else "fname"
         return [(str(row[path]), int(row["class"])) for row in rows]
     except Exception as error:  # scipy is missing, or raises one of many types on a broken file
-        raise ValueError(f"{file}: not a Cars196 list with class labels ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{file}: no Cars196 list with class labels ({type(error).__name__}: {error})") from error
 
 
 # ----------------------------------------------------------------------------------------------- toy
@@ -434,7 +434,7 @@ class Images(torch.utils.data.Dataset):
         image = self.decoded.get(index)
         if image is None:
             image = open_image(self.split.paths[index])
-            if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 200 MB per worker
+            if max(image.size) <= 128 and len(self.decoded) < 4096:  # at most 270 MB per worker
                 self.decoded[index] = image
         torch.default_generator.manual_seed(seed)  # safe: nothing else uses this generator during training
         with naming(self.split.paths[index]):

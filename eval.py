@@ -1,7 +1,7 @@
 """Retrieval quality of embeddings, exact at any size, and a picture of it.
 
     recall@k      share of queries with an item of their class among their k nearest
-    R-precision   precision among the R nearest, R = number of items of the query's class
+    R-precision   precision among the R nearest, R = number of right items in the gallery
     MAP@R         mean over queries of 1/R * sum_{r <= R} [item r is of the class] * precision at r
                   (both: Musgrave et al., A Metric Learning Reality Check, arXiv 2003.08505)
     alignment     mean squared distance of two items of a class       (Wang & Isola, ICML 2020, arXiv 2005.10242)
@@ -9,8 +9,8 @@
     utilization   mean squared distance of a test embedding to its nearest training embedding (the Metrix paper)
 
 Embeddings are tensors, arrays or lists of any float type. The first three metrics normalise them, the others take them
-as they are. Labels are integers. Without a gallery, queries are ranked against each other, excluding themselves. Ties
-count as errors, so a collapsed embedding scores 0. Queries with no item of their class to find are left out.
+as they are. Labels are integers. Without a gallery, queries are ranked against each other, excluding themselves. At a
+tie wrong items come first. Queries with no item of their class to find are left out.
 
 Shapes: Q queries, G gallery items, D embedding size.
 """
@@ -61,7 +61,7 @@ class Ranking(NamedTuple):
     """One value per query (Q,)."""
 
     rank: torch.Tensor  # int64: number of wrong items above the first right one, or -1 if no right one exists
-    average_precision: torch.Tensor | None = None  # float64: the query's part of MAP@R
+    average_precision: torch.Tensor | None = None  # float64: its part of MAP@R, NaN without right items
     r_precision: torch.Tensor | None = None  # float64
 
 
@@ -122,7 +122,7 @@ def _full_ranking(query, query_labels, gallery, gallery_labels, shard):
 
 
 def summary(ranking, ks=()):
-    """{"queries", "queries_without_match", "recall": {k: share}}; of a full Ranking also "map_at_r", "r_precision"."""
+    """{"queries" (with a match), "queries_without_match", "recall": {k: share}}. If full: "map_at_r", "r_precision"."""
     if not all(isinstance(k, (int, np.integer)) and k > 0 for k in ks):
         raise ValueError(f"ks must be positive integers, got {ks}")
     found = ranking.rank >= 0
@@ -208,8 +208,8 @@ def retrieval_sheet(
 ):  # fmt: skip
     """Write a PNG: rows of a query and its nearest neighbours, right ones framed green, wrong ones red.
 
-    Random queries come first, then those with the worst rank, as in Ranking. Paths are image files in the order of the
-    embeddings. Without a gallery, queries are ranked against each other.
+    Random queries come first, then those with the worst rank, as in Ranking. Embeddings are tensors of unit rows. Paths
+    are image files in their order. Without a gallery, queries are ranked against each other.
     """
     itself = gallery is None
     if itself:

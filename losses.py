@@ -10,21 +10,22 @@ An anchor a has positives p, the examples of its class, and negatives n, all oth
     multi-similarity    e^{-alpha (s-b)}   e^{beta (s-b)}     log(1 + x) / alpha   log(1 + x) / beta
     proxy anchor        e^{-alpha (s-m)}   e^{alpha (s+m)}    log(1 + x)           log(1 + x)
 
-A mixed example is v = lam x + (1-lam) x'. Here x' is a negative of a, and x is a positive of a, or a itself. v counts
-as a positive with weight lam, and as a negative with weight 1 - lam. In the code, pull is the sum of rho+ and push is
-the sum of rho-. A loss sets `rho` and writes `from_sums`, which applies sigma and takes a mean.
+A mixed example is v = lam x + (1-lam) n. Here n is a negative of a, and x is a positive of a, or a itself. v counts as
+a positive with weight lam, and as a negative with weight 1 - lam. In the code, pull is the sum of rho+ and push is the
+sum of rho-. A loss sets `rho` and writes `from_sums`, which applies sigma and takes a mean.
 
     metric(z, y)                              the clean loss of a batch
     metric.mixed(z, y, v, i, lam, pairing)    the mixed loss; v[k] is the embedding of a mix of examples i[k] and j[k]
     metric.mixed_embed(z, y, lam, pairing)    the mixed loss over all mixes of embeddings, none of them stored
 
-V(a) is the set of mixed examples k that anchor a is compared with. It depends on the pairing.
+The pairs (i[k], j[k]) that are mixed in a batch are its bank. V(a) are the mixed examples k that anchor a sees, that
+is, is compared with. They depend on the pairing.
 
-    positive-negative   V(a) = { k : y[i_k] == y[a], i_k != a }
-    anchor-negative     V(a) = { k : i_k == a }
-    a proxy c           V(c) = { k : y[i_k] == c }, whatever the pairing
+    positive-negative   V(a) = { k : y[i[k]] == y[a], i[k] != a }
+    anchor-negative     V(a) = { k : i[k] == a }
+    a proxy c           V(c) = { k : y[i[k]] == c }, whatever the pairing
 
-Shapes: B examples, A anchors, M mixed examples, D embedding size, P classes (proxies).
+Shapes: B examples, A anchors, M mixed examples, D embedding size, P classes (proxies), R pairs (a, i) where a sees i.
 Source: Venkataramanan et al., It Takes Two to Tango, ICLR 2022, arXiv 2106.04990.
 """
 
@@ -39,7 +40,8 @@ MAX_EXPONENT = 70  # a million terms of e^70 fit in float32
 
 
 class MetricLoss(nn.Module):
-    """A loss whose anchors are the examples of the batch. A subclass sets `rho` and writes `from_sums`.
+    """A loss. A subclass sets `rho` and writes `from_sums`. Its anchors are the examples of the batch, unless it
+    replaces `forward` and `anchors`.
 
     Embeddings z (B, D) need not be normalised, and may have any float type. Labels y (B,) are integers in a tensor, an
     array or a list. A loss is computed in float32, also under autocast. It is computed in float64 if z is float64.
@@ -65,7 +67,8 @@ class MetricLoss(nn.Module):
         return self.from_sums(*sums, lam, 1 - lam)
 
     def mixed_embed(self, z, y, lam, pairing):
-        """Equals `mixed` over full_bank, where v mixes the normalised embeddings. It needs only their similarities:
+        """Equals `mixed` over full_bank (for proxies the one of anchor-negative), where v mixes the normalised
+        embeddings. It needs only their similarities:
 
         s(a, v) = (lam s(a, i) + (1-lam) s(a, j)) / |v|,      |v|^2 = lam^2 + (1-lam)^2 + 2 lam (1-lam) s(i, j)
         """
@@ -198,7 +201,7 @@ def exponential_rho(pull_scale, pull_base, push_scale, push_base):
 
 
 def full_bank(y, pairing):
-    """All pairs (i, j) with different labels, except those whose i no anchor sees. y: (B,) integers.
+    """All pairs (i, j) with different labels, if some anchor sees i. y: (B,) integers.
 
     With positive-negative, no anchor sees an image that is alone in its class. Returns i, j: int64 (M,), sorted.
     """
@@ -208,7 +211,7 @@ def full_bank(y, pairing):
 
 
 def hardest_bank(z, y, pairing, hardest=1):
-    """For every anchor a, pairs each i that a sees with the `hardest` negatives j that are most similar to a.
+    """For every anchor a, pairs each i that a sees with the negatives j most similar to a, as many as `hardest` says.
 
     z: (B, D), y: (B,). Returns i, j: int64 (M,), sorted, without duplicates. The choice has no gradient.
     """

@@ -42,9 +42,9 @@ from model import BATCH_NORMS, NETS, ResNet, load_weights, no_stats_update, read
 
 
 def step(model, metric, images, y, config, lam, pairing):
-    """Loss of one batch: images (B, 3, H, W), labels y (B,), lam in [0, 1], pairing one of metric.pairings.
+    """Loss of one batch of B: images (B, 3, H, W), labels y (B,), lam in [0, 1], pairing one of metric.pairings.
 
-    Each process embeds its shard of the images. All compute the loss of the whole batch.
+    With several processes, each gets its shard of the batch and runs the trunk on it. From then on all have the whole.
     """
     features, y = gather(model.features(images)), gather(y)  # (B, C, h, w), (B,)
     z = model.head(features)  # (B, D)
@@ -167,7 +167,7 @@ def flag(default, meaning, group=None, **options):
 
 @dataclasses.dataclass
 class Config:
-    """Each field is a flag: --batch-size sets batch_size. Recipes replace some of these defaults."""
+    """Each field but the first three is a flag: --batch-size sets batch_size. Recipes replace some defaults."""
 
     dataset: str = flag("toy", "the images", "what to train", nargs="?", choices=data.DATASETS)
     loss: str = flag("contrastive", "the loss of their embeddings", nargs="?", choices=LOSSES)
@@ -185,11 +185,11 @@ class Config:
     clip: float = flag(10.0, "clip gradient values to +-clip")
     mix_weight: float = flag(0.4, "weight of the mixed loss")
     mix_alpha: float = flag(2.0, "draw lam from Beta(mix_alpha, mix_alpha)")
-    hardest: int = flag(1, "for input: how many of the most similar negatives to mix with; each mix costs a pass")
+    hardest: int = flag(1, "for input: how many of the most similar negatives to mix with")
 
     net: str = flag("resnet50", "tiny is narrow and shallow, for small images", "model", choices=NETS)
     weights: str = flag("imagenet", "initial weights: imagenet, a file, or none, which also changes other defaults")
-    bn: str = flag("stats", "stats freezes the statistics of batch norm, frozen all of it", choices=BATCH_NORMS)
+    bn: str = flag("stats", "batch norm: train it, freeze its statistics, or all of it", choices=BATCH_NORMS)
     embedding_size: int = flag(512, "dimension of the embeddings")
     image_size: int = flag(224, "pixels per side of a crop")
     min_crop: float = flag(0.08, "random crops keep at least this share of an image; raise it if they lose the object")
@@ -197,19 +197,19 @@ class Config:
 
     data_root: str = flag("data", "directory of the images", "the run")
     validation: bool = flag(False, "test on half of the training classes, to choose settings")
-    out: str = flag("", "directory to write (default runs/DATASET-LOSS-MODE-seedN)")
+    out: str = flag("", "directory to write (default runs/DATASET-LOSS-MODE[-validation]-seedN)")
     seed: int = flag(0, "seed of weights, batches, crops and mixing")
     num_workers: int = flag(min(4, os.cpu_count() or 1), "processes that load images; does not change results")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N")
     kernels: str = flag("auto", "auto: triton for large problems on a GPU, else torch", choices=kernels.BACKENDS)
-    resume: bool = flag(False, "stop if OUT holds no run")
+    resume: bool = flag(False, "only resume: stop if OUT holds no run")
     checkpoint: str = flag("last", "for eval: which one to evaluate", choices=("last", "best"))
 
 
 MAY_CHANGE_ON_RESUME = ("data_root", "out", "num_workers", "device", "kernels", "resume", "checkpoint")
 
-# The commands of the authors' README, as changes to Config. A folder follows cars, whose modes all train equally long,
-# but in balanced batches.
+# The commands of the authors' README, as changes to Config. A folder has the settings of cars, because there all modes
+# train equally long, but balanced batches. toy is ours.
 ANY_LOSS, ANY_MODE, MIXED = " ".join(LOSSES), " ".join(MODES), "input feature embed"
 RECIPES = [  # data sets, losses, modes, settings
     ("cub cars folder", "multisimilarity proxyanchor", ANY_MODE, dict(lr_step=5, lr_gamma=0.5)),
@@ -223,7 +223,7 @@ RECIPES = [  # data sets, losses, modes, settings
     ("sop inshop folder toy", ANY_LOSS, ANY_MODE, dict(images_per_class=5)),
     ("toy", ANY_LOSS, ANY_MODE, dict(net="tiny", embedding_size=64, image_size=64)),
 ]
-# From random weights: train batch norm, no warm-up, larger crops. Tuned on the baseline with --validation.
+# From random weights. Tuned on the baseline with --validation.
 SCRATCH = dict(weights="none", bn="train", warmup_epochs=0, min_crop=0.6)
 SCRATCH |= dict(epochs=40, lr=3e-3, lr_step=16, lr_gamma=0.3, proxy_lr=30.0)
 SCRATCH_LR = {"multisimilarity": 1e-2}
@@ -253,8 +253,8 @@ def parse(arguments, **saved):
         options = field.metadata["options"]
         group.add_argument(field.name if "nargs" in options else f"--{field.name.replace('_', '-')}", **options)
     given = {name: value for name, value in vars(parser.parse_intermixed_args(arguments)).items() if value is not None}
-    words = Config(**given)
-    settings = recipe(words.dataset, words.loss, words.mode, from_scratch=words.weights == "none")
+    draft = Config(**given)
+    settings = recipe(draft.dataset, draft.loss, draft.mode, from_scratch=draft.weights == "none")
     config = Config(**(settings | saved | given))
     name = f"{config.dataset}-{config.loss}-{config.mode}" + ("-validation" if config.validation else "")
     config.out = config.out or f"runs/{name}-seed{config.seed}"
@@ -297,12 +297,12 @@ def raise_error(message):
 
 # -------------------------------------------------------------------------------- images, evaluation
 
-RECALL_AT = dict.fromkeys(("cub", "cars"), (1, 2, 4, 8, 16, 32)) | dict.fromkeys(("folder", "toy"), (1, 2, 4, 8))
-RECALL_AT |= dict(sop=(1, 10, 100, 1000), inshop=(1, 10, 20, 30, 40, 50))
+RECALL_AT = dict(sop=(1, 10, 100, 1000), inshop=(1, 10, 20, 30, 40, 50))  # the k of other data sets: 1, 2, 4, 8
+RECALL_AT |= dict.fromkeys(("cub", "cars"), (1, 2, 4, 8, 16, 32))
 
 
 def load_splits(config):
-    """The data set. Prints its sizes, and a warning if results will not be comparable with published ones."""
+    """The data set. Prints its sizes, and a warning if it is incomplete."""
     splits = data.load(config.dataset, config.data_root, config.validation)
     for name, split in splits._asdict().items():
         print(f"  {name}: {len(split)} images of {len(split.classes)} classes")
@@ -321,7 +321,7 @@ def test_loader(split, config):
 
 
 def on_device(loader, config, title):
-    """The batches of a loader on the device. Prints the rate and the time left every 20 seconds."""
+    """The batches of a loader, normalised, on the device. Prints the rate and the time left every 20 seconds."""
     start = printed = time.perf_counter()
     for number, (images, y) in enumerate(loader, 1):
         images = data.normalize(images.to(config.device, non_blocking=True))
@@ -348,7 +348,7 @@ def measure(test, dataset, train=None):
     arguments = [x for z_and_y in test for x in z_and_y]
     ranking = eval.per_query(*arguments, full=train is not None, shard=my_slice(len(arguments[0])))
     ranking = eval.Ranking(*[gather(x) for x in ranking if x is not None])
-    result = eval.summary(ranking, RECALL_AT[dataset])
+    result = eval.summary(ranking, RECALL_AT.get(dataset, (1, 2, 4, 8)))
     if train is not None:
         z, y = (torch.cat(parts) for parts in zip(*test))
         result |= dict(alignment=eval.alignment(z, y), uniformity=eval.uniformity(z))
@@ -371,7 +371,7 @@ def evaluate_run(run_dir, flags):
     model = make_model(config, f"{run_dir}/{config.checkpoint}.pt")
     train, *test = [embed(model, test_loader(split, config), config) for split in splits]
     result, ranking = measure(test, config.dataset, train)
-    result |= dict(checkpoint=config.checkpoint)
+    result["checkpoint"] = config.checkpoint
     if RANK == 0:
         write_sheet(run_dir, ranking, test, splits[1:])
         write(f"{run_dir}/eval.json", lambda file: file.write_text(json.dumps(result, indent=2)))
@@ -410,7 +410,7 @@ def open_run(config, splits, **modules):
 
 
 def images_checksum(splits):
-    """Of names, sizes in bytes and labels: two folders of the same structure are not the same images."""
+    """A checksum of names, sizes in bytes and labels. It tells folders of the same structure apart."""
     images = [(path, y) for split in splits for path, y in zip(split.paths, split.labels)]
     return zlib.crc32(repr([(os.path.basename(path), os.path.getsize(path), y) for path, y in images]).encode())
 
@@ -419,13 +419,14 @@ def read_settings(out):
     try:
         with open(f"{out}/config.json") as file:
             settings = json.load(file)
-        return dict(settings, dataset=settings["dataset"])
+        settings["dataset"]  # a KeyError if the file is of another program
+        return settings
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{out}/config.json: missing or damaged ({error}); is {out} the directory of a run?") from None
 
 
 def difference(settings, others):
-    """Names the settings that differ and may not."""
+    """Says which settings differ but must not."""
     names = [name for name in settings if name not in MAY_CHANGE_ON_RESUME and others.get(name) != settings[name]]
     return ", ".join(f"{name} is {others.get(name)}, not {settings[name]}" for name in names)
 
@@ -467,9 +468,8 @@ def write(path, save):
 
 # ----------------------------------------------------------------------------------- several processes
 
-# torchrun starts a process (rank) per GPU, on one machine or on several:
-#     torchrun --nnodes 2 --node-rank K --master-addr HOST --nproc-per-node 8 metrix.py sop contrastive feature
-# All draw the same batches, lam and pairing. Each embeds its shard of the images. Only rank 0 prints and writes.
+# torchrun starts a process (rank) per GPU, on one machine or on several. All draw the same batches, lam and pairing.
+# Each runs the trunk on its shard of the images. Only rank 0 prints and writes.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
 
@@ -528,7 +528,7 @@ def agree(settings, state):
 
 
 def describe(config):
-    """Print every setting, with (recipe: X) where a flag overrides it."""
+    """Print the settings that make the result, with (recipe: X) where a flag overrides X."""
     print(f"{config.dataset} {config.loss} {config.mode} on {config.device}, writes {config.out}")
     expected, shown = vars(Config()) | recipe(config.dataset, config.loss, config.mode, config.weights == "none"), []
     for name, value in vars(config).items():
@@ -566,7 +566,7 @@ def main(arguments=None):
             sys.stdout = open(os.devnull, "w")
     try:
         if arguments[:1] == ["eval"] and "--help" not in arguments:
-            run_dir, *flags = arguments[1:] or ["--help"]
+            run_dir, *flags = arguments[1:] or ["-"]
             if run_dir.startswith("-"):
                 raise ValueError("eval needs a run: ./run.sh eval RUN_DIR [--flag value ..]")
             evaluate_run(run_dir, flags)
@@ -574,7 +574,7 @@ def main(arguments=None):
             config = parse(arguments)
             report(config, run(config))
     except KeyboardInterrupt:
-        print("\nmetrix: stopped; the same command resumes after the last finished epoch", file=sys.stderr)
+        print("\nmetrix: stopped; the same command continues a training run", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         remedy = next((remedy for words, remedy in REMEDIES.items() if re.search(words, str(error))), None)

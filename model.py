@@ -5,8 +5,8 @@
     embed(pooled)      (B, C)       -> (B, D)            linear layer, then unit length
 
 The blocks are the bottlenecks of He et al. 2016, with the stride in the 3x3 convolution ("v1.5"). Names and shapes are
-torchvision's, so weights load in both directions. Batch norm with frozen statistics is folded into the convolution
-before it. This saves one pass over the activations and one copy of them:
+torchvision's, so weights load in both directions (with strict=False). Batch norm with frozen statistics is folded into
+the convolution before it. This saves one pass over the activations and one copy of them:
 
     bn(conv(x; w)) = conv(x; w * gamma / sigma) + (beta - mu * gamma / sigma)
 """
@@ -26,7 +26,7 @@ EXPANSION = 4  # a bottleneck's output channels over its inner channels
 
 
 def conv_bn(conv, bn, x):
-    """bn(conv(x)), in one convolution where the statistics are frozen."""
+    """bn(conv(x)), in one convolution unless bn computes statistics."""
     if bn.training:
         return bn(conv(x))
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)  # gamma / sigma
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
         return nn.ModuleList([module for module in self.modules() if isinstance(module, kind)])
 
     def train_trunk(self, on):
-        """Freeze or unfreeze everything below the embedding layer."""
+        """Whether the parameters below the embedding layer train. Those of batch norm do not if bn is "frozen"."""
         self.requires_grad_(on)
         self.embedding.requires_grad_(True)
         self.norms().requires_grad_(on and self.bn != "frozen")
@@ -119,7 +119,7 @@ class ResNet(nn.Module):
 
 @contextlib.contextmanager
 def no_stats_update(model):
-    """Batch norm uses batch statistics, and leaves the running ones alone."""
+    """Inside, batch norm does not update its running statistics."""
     for norm in model.norms():
         norm.track_running_stats = False
     try:

@@ -41,8 +41,10 @@ if sys.version_info < (3, 10):
 from importlib.metadata import distributions
 from importlib.util import find_spec
 missing = [name for name in sys.argv[1:] if not find_spec(name)]
-torch = next(iter(distributions(name="torch")), None)
-if torch and [int(number) for number in torch.version.split(".")[:2]] < [2, 11]: missing += ["torch 2.11 or newer"]
+for name, major, minor in ("torch", 2, 11), ("pillow", 10, 1):
+    found = next(iter(distributions(name=name)), None)
+    if found and tuple(map(int, found.version.split(".")[:2])) < (major, minor):
+        missing += ["%s %d.%d or newer" % (name, major, minor)]
 print(", ".join(missing)); sys.exit(3 if missing else 0)'
 python=${PYTHON:-python3} venv=$here/.venv/bin/python code=0
 command -v "$python" > /dev/null || fail "$python: no such Python; set PYTHON=/path/to/python"

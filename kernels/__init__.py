@@ -25,8 +25,8 @@ except ImportError:  # Triton exists for Linux only; without it, @jit and @jit(.
 BACKENDS = ("auto", "torch", "triton")
 backend = "auto"
 TRITON_FROM = 2**24  # with "auto", Triton runs from this many pairs or mixed values up; estimated, not measured
-TILE = 1024  # side of the square tiles of similarities in recall.py and eval.py
-# Large products on a CPU use oneDNN, which is up to twice as fast as MKL on AMD.
+TILE = 1024  # side of the square tiles of pairs that PyTorch computes in recall.py and eval.py
+# From this many multiplications up, `product` uses oneDNN on a CPU. It is up to twice as fast as MKL on AMD.
 ONEDNN_FROM = 2**25 if torch.backends.mkldnn.is_available() else float("inf")
 
 
@@ -52,7 +52,7 @@ def launch(kernel, grid, *arguments, **options):
 
 
 def sm_count_and_arch(device):
-    """Multiprocessors and major compute capability. A CPU pretends to have 5, so that tests split columns."""
+    """Multiprocessors and major compute capability. A CPU pretends to have 5 and 9, so that tests split columns."""
     if device.type != "cuda":
         return 5, 9
     properties = torch.cuda.get_device_properties(device)
@@ -92,7 +92,7 @@ def full_precision(device):
 
 
 def product(a, b):
-    """a @ b.T in full precision. a: (N, D), b: (M, D)."""
+    """a @ b.T in full precision, where no gradient is needed. a: (N, D), b: (M, D)."""
     with full_precision(a.device):
         if a.device.type == "cpu" and a.dtype == torch.float32 and len(a) * b.numel() > ONEDNN_FROM:
             return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
@@ -112,7 +112,7 @@ class _Product(torch.autograd.Function):
 
 
 def similarities(a, b):
-    """a @ b.T in full precision, backward too. Autograd alone would use the caller's settings in the backward pass."""
+    """a @ b.T in full precision, like its gradient. Autograd alone would use the caller's settings for the gradient."""
     return _Product.apply(a, b) if relaxed(a.device) else a @ b.T
 
 
@@ -121,10 +121,10 @@ def row_slices(rows, size):
 
 
 def row_chunks(rows, width, size, device):
-    """Slices of rows with about `size` elements each. On a GPU they have 2^26, because every slice costs launches."""
+    """Slices of rows of `width` elements, with `size` elements each. On a GPU 2^26, because a slice costs launches."""
     return row_slices(rows, max(1, (size if device.type == "cpu" else 2**26) // max(width, 1)))
 
 
 def pad_columns(z, multiple):
-    """z with zero columns up to a multiple, so that the kernels need no mask along D."""
+    """z with zero columns up to a multiple, so that kernels load it without a mask."""
     return torch.nn.functional.pad(z, (0, -z.shape[1] % multiple)).contiguous()

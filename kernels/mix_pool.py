@@ -18,7 +18,7 @@ import torch
 
 from kernels import jit, launch, row_chunks, tl, triton, use_triton
 
-CHUNK = 2**17  # values (pairs x channels) at a time on a CPU: five float32 arrays of them fit in an L2 cache
+CHUNK = 2**17  # values (pairs x channels) at a time on a CPU, because five float32 arrays of them stay in a cache
 
 # ------------------------------------------------------------------------------------------- PyTorch
 
@@ -77,12 +77,12 @@ BLOCK = dict(BI=8, BJ=8, BC=64)  # chosen so that nothing spills; not tuned
 
 
 def options(C):
-    """More warps where rows are not aligned, because these need more registers. Sums round as in PyTorch."""
+    """More warps where rows are not aligned, because these need more registers. A mix rounds as in PyTorch."""
     return dict(num_warps=4 if C % 16 == 0 else 8, enable_fp_fusion=False)
 
 
 def csr(key, groups):
-    """Row pointers and indices: order[start[n] : start[n + 1]] are where key equals n, for n < groups."""
+    """Indices and row pointers: order[start[n] : start[n + 1]] are where key equals n, for n < groups."""
     key, order = key.sort(stable=True)
     # int32 saves registers
     return order.int(), torch.searchsorted(key, torch.arange(groups + 1, device=key.device), out_int32=True)

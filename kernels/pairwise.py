@@ -17,8 +17,8 @@ pairs enter neither.
     pair_sums_kernel        the sums; a tile is reduced as soon as it is multiplied
     pair_gradient_kernel    dx = g v and dv = g^T x; a tile of s is multiplied again and becomes g = d loss / d s
 
-Shapes: R rows, N columns, D embedding size. In the kernels a (n, D) are the rows and b (m, D) the columns. The gradient
-kernel runs with x as a, then with v as a.
+Shapes: R rows, N columns, D embedding size. In the kernels a (n, WIDTH) are the rows and b (m, WIDTH) the columns, see
+`operands`. The gradient kernel runs with x as a and with v as a, but only once if they are the same.
 """
 
 from typing import NamedTuple
@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import jit, launch, pad_columns, similarities, sm_count_and_arch, tl, triton, use_triton
 
-EPS = 1e-12  # squared distances and lengths are clamped here, because sqrt has an infinite gradient at 0
-PIECE = 2**23  # most pairs in one piece, because autograd keeps about ten arrays of them
+EPS = 1e-12  # the least squared distance or length, because sqrt has an infinite gradient at 0
+PIECE = 2**23  # a piece has at most this many pairs, because autograd keeps about ten arrays of them
 
 
 class Rho(NamedTuple):
@@ -75,14 +75,16 @@ def plain_sums(x, v, x_keys, v_keys, rho, epsilon=None, mixed=False):
 
 
 def masked_sums(s, positive, negative, rho):
-    """Sums along the rows of similarities s: of rho+ where positive, of rho- where negative, and their counts."""
+    """Sums along the rows of similarities s: of rho+ where positive, of rho- where negative, and how many are > 0."""
     pull, push = rho(s)
     pull, push = pull * positive, push * negative
     return pull.sum(1), push.sum(1), pull.detach().sign().sum(1), push.detach().sign().sum(1)  # terms are >= 0
 
 
 def in_pieces(sums, width, *rows):
-    """sums(*rows), a list. Above PIECE pairs it splits the rows, and recomputes each piece in the backward pass."""
+    """[*sums(*rows)]. Above PIECE pairs (`width` a row), the rows are split, and the backward pass computes each piece
+    again.
+    """
     size = max(1, PIECE // max(width, 1))
     if len(rows[0]) <= size:
         return [*sums(*rows)]
@@ -94,8 +96,8 @@ def in_pieces(sums, width, *rows):
 def pair_sums(x, v, x_keys, v_keys, rho, epsilon=None, mixed=False):
     """The sums at the top of this file: pull, push and how many terms of each are above zero, (R,) each.
 
-    x: (R, D) and v: (N, D), rows of length 1. x_keys: (2, R) and v_keys: (2, N), integers. epsilon: the mining margin,
-    or None. rho: a Rho, or for PyTorch any function of s that returns rho+ and rho-, none below zero.
+    x: (R, D) and v: (N, D), rows of length 1. x_keys: (2, R) and v_keys: (2, N), integers. epsilon: the mining margin
+    of a clean loss, or None. rho: a Rho, or for PyTorch any function of s that returns rho+ and rho-, none below zero.
     Differentiable in x and v. Second derivatives exist in PyTorch only.
     """
     if isinstance(rho, Rho) and use_triton(x, len(x) * len(v)):
@@ -341,7 +343,7 @@ def triton_sums(x, v, x_keys, v_keys, rho, epsilon, mixed):
     arguments = left, right, x_keys, v_keys, out if limits is None else limits, reach, out, R, N, WIDTH
     flags = dict(KIND=rho.kind, MIXED=mixed, MINED=limits is not None)
     launch(pair_sums_kernel, grid, *arguments, *rho[1:], **flags, **SUMS, **LAUNCH)
-    nan = 0 * (x.sum() + v.sum())  # 0, but NaN where the embeddings hold NaN, which comparisons in the kernels drop
+    nan = 0 * (x.sum() + v.sum())  # 0, or NaN if an embedding is not finite: the kernels' comparisons drop NaN
     return out.sum(0) + nan, limits, reach
 
 

@@ -1,12 +1,13 @@
-"""Recall at every k, by counting: no sort, no stored similarities.
+"""Recall at every k, by counting. Similarities are neither sorted nor stored.
 
     best(q) = highest s(q, g) over items g of q's class, except q itself
     rank(q) = #{ g of another class : s(q, g) >= best(q) - TIE }
 
-A query is a hit at k if rank < k, so one count serves every k. Ties count against the model, so a collapsed or
-duplicated embedding scores 0. TIE is just above the rounding error of a float32 product of unit vectors.
+A query is a hit at k if 0 <= rank < k, so one count is enough for every k. At a tie wrong items come first. If all
+embeddings are equal, every wrong item precedes the right ones. TIE is just above the rounding error of a float32
+product of unit vectors.
 
-Queries and gallery are sorted by label, so the items of a class are neighbours. If the queries are the gallery, only
+Queries and gallery are sorted by label, so the items of a class are neighbours. If all queries search each other, only
 tiles on or above the diagonal are computed.
 
 Shapes: Q queries, G gallery items, D embedding size.
@@ -19,7 +20,7 @@ import torch
 from kernels import TILE, jit, launch, pad_columns, product, row_chunks, row_slices, tl, use_triton
 
 TIE = 1e-6
-CHUNK = 2**20  # similarities at a time on a CPU while the best positives are found
+CHUNK = 2**20  # at most this many similarities at a time in best_positives, on a CPU
 
 
 class ByLabel(NamedTuple):
@@ -53,7 +54,7 @@ def best_positives(s):
     """Highest similarity (Q,) of each query to an item of its class, except itself; -inf if there is none."""
     best = torch.full_like(s.own, -torch.inf, dtype=s.query.dtype)
     ends = [torch.searchsorted(s.gallery_labels, s.query_labels, right=right) for right in (False, True)]
-    first, last = torch.stack(ends).cpu().numpy()  # the one synchronisation
+    first, last = torch.stack(ends).cpu().numpy()  # one synchronisation
     for rows in row_chunks(len(s.query), len(s.gallery), CHUNK, s.query.device):
         band = slice(first[rows.start], last[rows.stop - 1])  # all items of the classes of these queries
         if band.start < band.stop:

@@ -2,9 +2,9 @@
 
     python results/table.py RUN_DIR ..
 
-A value is the mean over seeds at the last epoch, ± its standard error. A gain is the mean difference from the baseline
-of the same seed. A row is a loss, a mode and a mix weight. Rows may also differ in their recipe, and the runs of a row
-in their seed. Any other difference is an error.
+A value is the mean over seeds at the last epoch. R@1 and MAP@R have their standard error after ±. A gain is the mean
+difference from the baseline of the same seed. A row is a loss, a mode and a mix weight. Rows may also differ in the
+settings of RECIPE, and all runs in those of IGNORED. Any other difference is an error.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import sys
 from operator import itemgetter
 
 LOSSES, MODES = ("contrastive", "multisimilarity", "proxyanchor"), ("baseline", "input", "feature", "embed")
-PUBLISHED = {  # the paper's Recall@1, %: all MODES of the first of LOSSES, of the second, of the third
+PUBLISHED = {  # the paper's Recall@1, %: for each of LOSSES, its MODES in order
     "cub": (64.7, 66.3, 67.4, 66.4, 67.8, 69.0, 71.4, 70.2, 69.5, 70.5, 71.0, 70.4),
     "cars": (81.6, 82.9, 85.1, 83.9, 87.8, 89.0, 89.6, 88.8, 87.6, 88.2, 89.1, 88.9),
     "sop": (74.9, 75.8, 77.5, 76.7, 76.9, 77.9, 81.0, 78.5, 79.1, 79.8, 81.3, 80.6),
@@ -25,7 +25,7 @@ TITLES = ("loss", "mode", "seeds", "R@1, %", "gain", "MAP@R, %", "gain", *METRIC
 RECIPE = ("epochs", "lr", "lr_step", "lr_gamma", "warmup_epochs", "bn", "images_per_class", "mix_weight")
 SETUP = ("data_root", "validation", "net", "weights", "embedding_size", "image_size", "batch_size", "precision")
 IGNORED = {"loss", "mode", "seed", "out", "resume", "num_workers", "device", "kernels", "checkpoint", "directory"}
-IGNORED |= {*METRICS}
+IGNORED |= {"data_root", *METRICS}  # images_checksum identifies the images
 
 
 def read_run(directory):
@@ -52,8 +52,6 @@ def check(runs):
         both = f"{a['directory']} and {b['directory']}"
         same_row = row_of(a) == row_of(b)
         names = (a.keys() | b.keys()) - IGNORED - set(() if same_row else RECIPE)
-        if a["dataset"] != "folder":
-            names.discard("data_root")  # because the name and the sizes identify the images
         for name in sorted(names):
             if a.get(name) != b.get(name):
                 raise ValueError(f"{both} cannot be compared: {name} is {a.get(name)} and {b.get(name)}")
@@ -98,7 +96,7 @@ def print_table(runs):
 
 
 def percent(shares, sign=""):
-    """Mean ± standard error, if there are any."""
+    """Mean ± standard error in %, or nothing without values."""
     error = f" ± {100 * statistics.stdev(shares) / len(shares) ** 0.5:.1f}" if len(shares) > 1 else ""
     return f"{100 * statistics.mean(shares):{sign}.1f}{error}" if shares else ""
 

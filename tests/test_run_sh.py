@@ -140,13 +140,14 @@ def test_missing_packages_are_named_and_installed_once(python, tmp_path):
     assert start("test")[0].startswith("Missing packages: torch, torchvision, numpy, PIL, pytest, scipy. ")
 
 
-def test_an_old_pytorch_counts_as_missing(python, tmp_path):
-    (tmp_path / "torch-2.6.0.dist-info").mkdir()
-    (tmp_path / "torch-2.6.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.6.0+cu124\n")
+@pytest.mark.parametrize("name, version, needed", [("torch", "2.6.0+cu124", "2.11"), ("Pillow", "9.5.0", "10.1")])
+def test_an_old_package_counts_as_missing(name, version, needed, python, tmp_path):
+    (tmp_path / f"{name}-{version}.dist-info").mkdir()
+    (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
     script = shutil.copy(ROOT / "run.sh", tmp_path)
     path = python(f"""[ "$1" = -m ] && exit 9; exec '{sys.executable}' "$@" """)
     result = run_sh("toy", script=script, PYTHON=path, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 9 and result.stdout.startswith("Missing packages: torch 2.11 or newer. ")
+    assert result.returncode == 9 and result.stdout.startswith(f"Missing packages: {name.lower()} {needed} or newer. ")
 
 
 def test_no_construct_is_newer_than_the_bash_of_macos():

@@ -81,7 +81,7 @@ def test_each_mix_weight_has_a_row(write_run, table):
         (dict(mix_weight=0.4), dict(seed=1, mix_weight=0.1), "mix_weight is 0.4 and 0.1"),
         (dict(), dict(mode="embed", net="tiny"), "net is resnet50 and tiny"),
         (dict(), dict(loss="proxyanchor", train_images=10), "train_images is None and 10"),
-        (dict(dataset="folder", data_root="a"), dict(dataset="folder", data_root="b", seed=1), "data_root is a and b"),
+        (dict(images_checksum=5), dict(images_checksum=6, seed=1), "images_checksum is 5 and 6"),
         (dict(out="a"), dict(out="b"), "have the same settings and the same seed"),
     ],
 )
@@ -92,8 +92,8 @@ def test_two_runs_that_do_not_belong_together_are_named(one, two, message, write
 
 def test_runs_may_differ_in_their_machine_and_a_validation_is_not_shown_beside_published_figures(write_run, table):
     machine = dict(data_root="/b", device="cuda", num_workers=9, kernels="triton", out="x", resume=True)
-    one = write_run("one", validation=True, data_root="/a")
-    lines, _ = table(one, write_run("two", seed=1, validation=True, **machine))
+    one = write_run("one", validation=True, data_root="/a", images_checksum=5)
+    lines, _ = table(one, write_run("two", seed=1, validation=True, images_checksum=5, **machine))
     assert lines[0] == "**cub**, last epoch: validation True, net resnet50, epochs 60, lr 0.0001"
     assert lines[2].endswith("| utilization |")
     assert lines[4].startswith("| contrastive | baseline | 2 | 50.0 ± 0.0 |") and lines[4].endswith("| 0.300 |")
