@@ -275,8 +275,8 @@ def check(config):
         raise ValueError("--mix-alpha must be above 0, and --min-crop above 0 and at most 1")
     if per_class and (size < 2 * per_class or size % per_class):
         raise ValueError(f"--batch-size {size} must be a multiple of --images-per-class {per_class}, at least twice it")
-    if size % WORLD_SIZE:
-        raise ValueError(f"--batch-size {size} must be a multiple of the {WORLD_SIZE} processes")
+    if size < WORLD_SIZE:
+        raise ValueError(f"--batch-size {size} is too small for {WORLD_SIZE} processes; use a smaller NPROC")
     if config.weights == "imagenet" and config.net != "resnet50":
         raise ValueError(f"--net {config.net} has no ImageNet weights; add --weights none, or a file")
     try:

@@ -73,11 +73,16 @@ def test_several_processes_train_like_one_in_all_combinations(world_size, tmp_pa
 @pytest.fixture
 def flags(tmp_path, write_tree):
     tree = write_tree(tmp_path / "images", {f"class{c}": 5 for c in range(10)})
-    return f"folder multisimilarity input --data-root {tree} {SMALL} --batch-size 6 --images-per-class 2 --lr 1e-5"
+    return f"folder multisimilarity input --data-root {tree} {SMALL} --batch-size 8 --images-per-class 2 --lr 1e-5"
 
 
-def test_no_process_may_go_without_test_images(flags, monkeypatch):
+def test_no_process_may_go_without_images(flags, monkeypatch):
     config = metrix.parse(flags.split())
+    monkeypatch.setattr(metrix, "WORLD_SIZE", 8)
+    metrix.check(config)
+    monkeypatch.setattr(metrix, "WORLD_SIZE", 9)
+    with pytest.raises(ValueError, match="--batch-size 8 is too small for 9 processes; use a smaller NPROC"):
+        metrix.check(config)
     monkeypatch.setattr(metrix, "WORLD_SIZE", 25)
     assert len(metrix.load_splits(config).test) == 25
     monkeypatch.setattr(metrix, "WORLD_SIZE", 26)
