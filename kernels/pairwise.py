@@ -30,7 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels import jit, launch, pad_columns, similarities, sm_count_and_arch, tl, triton, use_triton
 
 EPS = 1e-12  # the least squared distance or length, because sqrt has an infinite gradient at 0
-PIECE = 2**23  # a piece has at most this many pairs, because autograd keeps about ten arrays of them
+# A piece has at most this many pairs, because autograd keeps about ten arrays of them. On a CPU 2^22 would be 1.7 times
+# as fast, but malloc would then hold three times the memory.
+PIECE = 2**23
 
 
 class Rho(NamedTuple):
