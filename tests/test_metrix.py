@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from test_data import write_cub
 
 import data
 import kernels
@@ -337,6 +338,14 @@ def test_validation_leaves_the_test_classes_unseen(tree, tmp_path, monkeypatch, 
     metrix.main(f"folder --data-root {tree} {SMALL} {batch} --epochs 1 --validation".split())
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["out"] == "runs/folder-contrastive-feature-validation-seed0" and summary["last"]["queries"] == 15
+
+
+def test_an_incomplete_benchmark_is_named(tree, tmp_path, capsys):
+    write_cub(tmp_path)
+    for words, warns in ((f"cub --data-root {tmp_path}", True), (f"folder --data-root {tree}", False)):
+        for more in ([], ["--validation"]):
+            metrix.load_splits(metrix.parse([*words.split(), *more]))
+            assert ("WARNING: not the full data set" in capsys.readouterr().out) == (warns and not more)
 
 
 def test_a_run_with_its_own_gallery_ranks_queries_in_it():
