@@ -104,8 +104,9 @@ def make_split(images, others):
 
 def split_classes(images, train=None):
     """Images of the classes in `train`, by default the first half of the sorted classes, and the other images."""
-    classes = sorted({name for name, _ in images})
-    train = set(classes[: len(classes) // 2]) if train is None else train
+    if train is None:
+        classes = sorted({name for name, _ in images})
+        train = set(classes[: len(classes) // 2])
     return Splits(*([image for image in images if (image[0] in train) == chosen] for chosen in (True, False)))
 
 

@@ -265,12 +265,11 @@ def parse(arguments, **saved):
 def check(config):
     """ValueError for settings that cannot work."""
     size, per_class = config.batch_size, config.images_per_class
-    for name in ("epochs", "batch_size", "lr_step", "embedding_size", "image_size", "hardest"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "images_per_class", "warmup_epochs", "num_workers"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
+    least = dict.fromkeys(("epochs", "batch_size", "lr_step", "embedding_size", "image_size", "hardest"), 1)
+    least |= dict.fromkeys(("seed", "images_per_class", "warmup_epochs", "num_workers"), 0)
+    for name in least:
+        if getattr(config, name) < least[name]:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least[name]}")
     if config.mix_alpha <= 0 or not 0 < config.min_crop <= 1:
         raise ValueError("--mix-alpha must be above 0, and --min-crop above 0 and at most 1")
     if per_class and (size < 2 * per_class or size % per_class):
